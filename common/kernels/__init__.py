@@ -1,0 +1,1 @@
+"""Triton kernels, one file per topic. Each has its plain torch twin in a script."""
