@@ -130,6 +130,12 @@ def save(path: str | Path, state: dict) -> None:
         ) from e
 
 
+def set_aside(path: str | Path) -> None:
+    """Before a fresh run: keep an earlier run's checkpoint as PATH.old."""
+    if Path(path).exists():
+        os.replace(path, f"{path}.old")
+
+
 def _read(path: Path) -> dict:
     if not zipfile.is_zipfile(path):
         raise ValueError("not a complete file (its index, written last, is missing)")

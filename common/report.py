@@ -119,6 +119,12 @@ def picture(path: str | Path, draw: Callable, **subplots) -> str:
 # ---- speed and memory
 
 
+def device_name(device: torch.device) -> str:
+    """For the line above a measurement: the GPU's name, or the CPU's threads."""
+    cuda = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done all it was given."""
     if device.type == "cuda":

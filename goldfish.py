@@ -1,0 +1,1208 @@
+"""Goldfish loss: a next-token loss that keeps a language model from reciting its training text.
+
+Paper    Hans et al., "Be like a Goldfish, Don't Memorize! Mitigating Memorization in Generative LLMs", NeurIPS 2024,
+         arXiv:2406.10209.
+Idea     Leave a pseudo-random 1/k of the targets without loss. The model sees every token as context but is never
+         taught the dropped ones, so when it recites it must guess at each of them, and one wrong guess leads it off the
+         training text. The choice is a hash of the last h tokens: a passage met again drops the same targets again.
+Here     The claim we check: text seen 150 times is recited verbatim after ordinary training, and never after training
+         with k = 3 or 4; each recitation breaks at a dropped target; validation loss stays within 0.1. Two lessons
+         beside it: a mask drawn afresh each time protects nothing, and neither does the hash against near-duplicates.
+         An audit for any checkpoint: extraction (greedy, beams, mask-aware) and membership inference.
+Differs  A 0.5 M parameter GPT with learned positions, on Python's documentation, for LLaMA-2-7B and TinyLlama on
+         Wikipedia and RedPajama. The window follows the released code (h targets, the judged one included), the paper's
+         text (the h tokens before it) is --window context. The table of uniforms is always drawn on the CPU. The loss
+         is normalised by the supervised targets of the whole step (--normalizer batch is the released mean of means)
+         and reduced in fp32. Ours alone: strategy mix, doc_ids, hash_map, exempt, goldfish_rows. Mauve is left out.
+
+    python goldfish.py                                              # laptop: the table, the claim, the picture
+    torchrun --nproc-per-node 2 goldfish.py                         # the same on two processes
+    python goldfish.py demo --runs ordinary k=4 k=4,strategy=mix k=4,window=context,h=4 k=4,noise=0.01    # ablations
+    python goldfish.py train --k 4 --data FILE                      # one run on your text, audited at its end
+    torchrun --nproc-per-node 8 goldfish.py train --preset h200     # 110 M parameters, one node (not yet run)
+    python goldfish.py audit                                        # the model that `train` left, with beam search
+    python goldfish.py audit --model smollm2 --data FILE            # a real pretrained model
+    python goldfish.py bench                                        # the loss against what PyTorch offers
+
+Expect   "ordinary recites 1.00 of the canaries, k=4 0.00, k=3 0.00" on CPU with seed 0, for 1 or 2 processes.
+Writes   results/goldfish/: metrics.jsonl, claim.json, goldfish.png; checkpoint.pt (train), audit.json (audit).
+"""
+
+import functools
+import itertools
+import math
+import operator
+import time
+import unicodedata
+import warnings
+import zlib
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import cli, report
+from common import dist as cluster
+from common.cli import BadInput, opt
+from common.kernels import cross_entropy as kernels
+from common.text import Tokenizer, corpus
+from common.weights import open_weights, rope_frequencies, rotate
+
+STRATEGIES = ("hash", "mix", "avalanche", "static", "random")
+WINDOWS = ("target", "context")
+
+
+@dataclass
+class Config:
+    mode: str = opt("demo", "what to do", choices=("demo", "train", "audit", "bench"), positional=True)
+    preset: str = opt("laptop", "defaults for a setting; flags win over it", choices=("laptop", "h200", "1b"))
+    # the loss
+    k: int = opt(4, "drop one target in k; 0 is ordinary training")
+    h: int = opt(13, "tokens in the hashed window")
+    strategy: str = opt("hash", "how targets are chosen", choices=STRATEGIES)
+    window: str = opt("target", "hash the window that ends at the target, or the tokens before it", choices=WINDOWS)
+    normalizer: str = opt("global", "divide by the step's or each micro-batch's count", choices=("global", "batch"))
+    loss: str = opt("logits", "loss on logits, or fused with the output layer", choices=("logits", "linear"))
+    # the text
+    data: tuple = opt(("docs",), "text files, or docs or sources: Python's own; for audit the texts to look for")
+    vocab: int = opt(1024, "token ids: 256 bytes and the most frequent pieces")
+    block: int = opt(64, "tokens per row that are predicted")
+    canaries: int = opt(16, "rows shown again and again, and as many held-out rows for membership inference")
+    canary_share: float = opt(0.5, "part of each batch that is canaries")
+    control: bool = opt(False, "show background in the canaries' place")
+    noise: float = opt(0.0, "part of a canary's tokens replaced at random at each showing")
+    rechunk: bool = opt(False, "show canaries at random offsets in their row")
+    # the model and its training
+    d_model: int = opt(128, "width")
+    n_layer: int = opt(2, "blocks")
+    n_head: int = opt(4, "attention heads")
+    steps: int = opt(300, "optimizer steps")
+    supervised_tokens: float = opt(0.0, "stop after so many supervised targets instead of --steps; 0 is off")
+    batch: int = opt(16, "rows per step, over all processes and micro-steps")
+    accum: int = opt(1, "micro-steps per step")
+    lr: float = opt(3e-3, "peak learning rate of AdamW; cosine to a tenth")
+    warmup: int = opt(30, "steps of linear warm-up")
+    seed: int = opt(0, "seed of the split, the weights and the data order")
+    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    dtype: str = opt("float32", "of the matrix products", choices=("float32", "bfloat16"))
+    # files
+    out: str = opt("results/goldfish", "folder of what the run writes, and of the run to audit or resume")
+    resume: bool = opt(False, "train: go on from the checkpoint in --out")
+    save_every: int = opt(100, "steps between checkpoints; 0 writes only the last")
+    log_every: int = opt(10, "steps between lines in metrics.jsonl")
+    # demo and audit
+    runs: tuple = opt(
+        ("ordinary", "k=8", "k=4", "k=3", "control", "random", "near-duplicates"), "demo: rows of the table"
+    )
+    model: str = opt("results/goldfish", "audit: a run's folder, a Hugging Face folder, a GGUF file, or smollm2")
+    nonmembers: tuple = opt(("none",), "audit: text files surely not trained on, to judge membership against")
+    rows: int = opt(8, "audit: windows taken from each text file")
+    prefix: int = opt(32, "tokens the model is given")
+    suffix: int = opt(32, "tokens it must recite")
+    beams: tuple = opt((1, 8, 30), "audit: beam widths tried")
+
+    def __post_init__(self):
+        if (self.k is None) != (self.strategy is None):
+            raise ValueError(f"k={self.k} and strategy={self.strategy}: give both, or neither for ordinary training")
+        if self.k is None:
+            self.k, self.strategy = 0, "hash"
+        if self.k != 0:
+            _check_k(self.k)
+        if self.h < 1:
+            raise ValueError(f"h must be at least 1, got {self.h}. The paper uses 13.")
+        for name in ("block", "batch", "accum", "steps", "prefix", "suffix", "log_every", "rows", "d_model", "n_head"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % self.n_head:
+            raise ValueError(f"--d-model {self.d_model} is not a multiple of --n-head {self.n_head}")
+        if not 0 <= self.noise <= 1 or not 0 <= self.canary_share <= 1:
+            raise ValueError("--noise and --canary-share are parts of a whole, between 0 and 1")
+        if self.mode in ("demo", "train") and self.canaries and self.prefix + self.suffix > self.block + 1:
+            raise ValueError(
+                f"--prefix {self.prefix} + --suffix {self.suffix} do not fit a row of --block {self.block} + 1 tokens"
+            )
+        if self.strategy == "hash" and self.k and self.vocab == 256 and self.h > 10:
+            warnings.warn(
+                f"hash over bytes with h = {self.h} > 10 often overflows to 0; use --strategy mix", stacklevel=3
+            )
+
+
+PRESETS = {
+    "laptop": {},
+    "h200": {
+        "data": ("sources",), "vocab": 8192, "block": 1024, "d_model": 768, "n_layer": 12, "n_head": 12,
+        "batch": 128, "steps": 380, "lr": 1e-3, "canaries": 200, "canary_share": 0.205, "prefix": 512, "suffix": 512,
+        "dtype": "bfloat16",
+    },
+    "1b": {  # the paper's optimizer settings and sizes; bring your own text
+        "vocab": 32000, "block": 2048, "d_model": 2048, "n_layer": 22, "n_head": 32, "batch": 1024, "steps": 9536,
+        "lr": 4e-4, "warmup": 1000, "canaries": 2000, "canary_share": 0.01013620526, "dtype": "bfloat16",
+        "loss": "linear",
+    },
+}  # fmt: skip
+
+
+# ---- the method: which targets are dropped
+#
+# x_i   token i of a row           G_i  1 if target i is supervised, 0 if dropped
+# k     one target in k is dropped h    tokens in the window whose hash decides
+#
+# L_G = -(1 / |G|) sum_i G_i log P(x_i | x_<i),   |G| = sum_i G_i                                 (the goldfish loss)
+
+TABLE_SIZE = kernels.TABLE  # M, a prime
+TABLE_SEED = 2971215073
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # A of the mix hash, as int64
+
+
+@functools.cache
+def hash_table(device: str | torch.device = "cpu") -> Tensor:
+    """M uniforms, (M,) float32, all multiples of 2^-24. Drawn on the CPU whatever the device, so all devices agree.
+
+    The released 1B models were trained with a table drawn on a GPU, by another algorithm: their masks are not these.
+    """
+    return torch.rand(TABLE_SIZE, generator=torch.Generator().manual_seed(TABLE_SEED)).to(device)
+
+
+def _shift_right(z: Tensor, s: int) -> Tensor:
+    """Logical right shift of int64."""
+    return (z >> s) & ((1 << (64 - s)) - 1)
+
+
+def _window(ids: Tensor, h: int, strategy: str, doc_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Combine the h tokens that end at each position: ids (B, L) int64 -> (value (B, L), tokens in the window (B, L)).
+
+    value: their wrapped int64 product (hash, avalanche) or sum_i (x_{p-i} + 1) A^(i+1) (mix), over the tokens of the
+    position's own row and document.
+    """
+    L = ids.shape[1]
+    value = torch.zeros_like(ids) if strategy == "mix" else torch.ones_like(ids)
+    size = torch.zeros_like(ids)
+    power = 1
+    for i in range(min(h, L)):  # the token i places back, for all positions that have one
+        token = ids[:, : L - i]
+        same = torch.ones_like(token, dtype=torch.bool) if doc_ids is None else doc_ids[:, i:] == doc_ids[:, : L - i]
+        if strategy == "mix":
+            power = (power * _GOLDEN + 2**63) % 2**64 - 2**63  # wrapped like int64
+            value[:, i:] += torch.where(same, (token + 1) * power, 0)
+        else:
+            value[:, i:] *= torch.where(same, token, 1)
+        size[:, i:] += same
+    return value, size
+
+
+def _draw(value: Tensor, strategy: str, k: int, seed: int) -> Tensor:
+    """Turn window values into drop decisions with probability 1/k."""
+    if strategy == "hash":
+        uniform = hash_table(value.device)[value % TABLE_SIZE]  # (B, L); torch's % is never negative
+        return (uniform * 2**24).long() * k < 2**24  # exact, where comparing with a rounded 1/k is not
+    if strategy == "mix":
+        z = value ^ ((seed + 2**63) % 2**64 - 2**63)
+        z = (z ^ _shift_right(z, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+        z = (z ^ _shift_right(z, 27)) * (0x94D049BB133111EB - 2**64)
+        return _shift_right(z ^ _shift_right(z, 31), 40) * k < 2**24
+    W = 2**32 - 1  # avalanche: an integer mixer on 64 bits, some steps cut to 32
+    z = (~value + (value << 21)) & W
+    z = (z << 21) - z - 1
+    z = z ^ _shift_right(z, 24)
+    z = (z + (z << 3) + (z << 8)) & W
+    z = z * 265
+    z = z ^ _shift_right(z, 14)
+    z = (z + (z << 2) + (z << 4)) & W
+    z = z * 21
+    z = z ^ _shift_right(z, 28)
+    z = (z + (z << 31)) & W
+    return z.float() < torch.tensor(W / k, dtype=torch.float32, device=z.device)
+
+
+def _check_k(k) -> None:
+    if isinstance(k, bool) or not hasattr(k, "__index__") or operator.index(k) < 2:
+        raise ValueError(f"k must be an integer >= 2 or None, got {k!r}. On the command line 0 is ordinary training.")
+
+
+def _check_mask(targets, k, h, strategy, window, start, generator, strict, short_windows) -> None:
+    if k is not None:
+        _check_k(k)
+        if strategy not in STRATEGIES:
+            raise ValueError(f"unknown strategy {strategy!r}; choose from {', '.join(STRATEGIES)}")
+    if window not in WINDOWS:
+        raise ValueError(f"unknown window {window!r}; choose from {', '.join(WINDOWS)}")
+    if isinstance(h, bool) or not hasattr(h, "__index__") or operator.index(h) < 1:
+        raise ValueError(f"h must be an integer of at least 1, got {h!r}. The paper uses 13.")
+    if start < 0:
+        raise ValueError(f"start must not be negative, got {start}")
+    if targets.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"targets must be integer token ids, got {targets.dtype}. Convert them: targets.long()")
+    if targets.ndim not in (1, 2):
+        raise ValueError(f"targets must be (L,) or (B, L), got {tuple(targets.shape)}")
+    if k is None:
+        return
+    if strategy == "random" and generator is None:
+        raise ValueError(
+            "strategy 'random' needs an explicit generator; note that it does not prevent memorisation. "
+            "Pass generator=torch.Generator().manual_seed(0), or use strategy 'hash'."
+        )
+    L = targets.shape[-1]
+    if strategy in ("hash", "mix", "avalanche") and h > L and not short_windows:
+        message = f"context width {h} exceeds sequence length {L}"
+        if strict:
+            raise ValueError(f"{message}. Give longer rows or a smaller h.")
+        warnings.warn(f"{message}: nothing is dropped", stacklevel=4)
+    if strategy == "hash" and h > 24:
+        warnings.warn(f"hash with h = {h} > 24: products overflow to 0 and collapse; use strategy 'mix'", stacklevel=4)
+
+
+@torch.no_grad()
+def goldfish_mask(
+    targets: Tensor, k: int | None = 4, h: int = 13, strategy: str = "hash", *, window: str = "target", start: int = 0,
+    ignore_index: int = -100, generator: torch.Generator | None = None, doc_ids: Tensor | None = None,
+    hash_map: Tensor | None = None, exempt=None, seed: int = 0, prev: Tensor | None = None,
+    short_windows: bool = False, goldfish_rows: Tensor | None = None, strict: bool = False,
+) -> Tensor:  # fmt: skip
+    """Which targets get no loss: targets (L,) or (B, L), already shifted -> bool of the same shape, True = dropped.
+
+    strategy       hash: table lookup of the window's product, bit-equal to the released CPU code. mix: sensitive to
+                   order, and no collapse for large h. avalanche: the product through an integer mixer. static: every
+                   k-th position from `start`. random: each target afresh, from `generator`.
+    window         "target": the h tokens up to and including the judged one (released code). "context": the h before it
+                   (the paper's text). A position without a full window is kept.
+    ignore_index   never dropped, but hashed like an id. Positions after a hole depend on its value.
+    doc_ids        like targets; windows then stay inside a document.
+    short_windows  hash windows cut off by the start of a row or document instead of keeping their targets.
+    prev           (h,) or (B, h): the tokens before targets[0], so that all positions have a window.
+    hash_map       (V,): hash hash_map[id] instead of id (see normalizing_map).
+    exempt         bool (V,) or iterable of ids: targets never dropped, such as chat control tokens.
+    goldfish_rows  bool (B,): rows that get the treatment at all.
+    seed           of mix. strict: h > L is an error instead of a warning.
+
+    ValueError: k < 2, h < 1, an unknown name, a negative start, random without a generator. TypeError: not integers.
+    Source: Sec. 3 of the paper; the released code for all that it leaves open.
+    """
+    _check_mask(targets, k, h, strategy, window, start, generator, strict, short_windows)
+    given = targets
+    targets = torch.atleast_2d(targets).long()  # (B, L)
+    B, L = targets.shape
+    context = window == "context"
+    plain = doc_ids is None and hash_map is None and prev is None and not short_windows
+
+    if k is None or L == 0:
+        drop = torch.zeros_like(targets, dtype=torch.bool)
+    elif strategy == "static":
+        column = torch.arange(L, device=targets.device)
+        drop = ((column >= start) & ((column - start) % k == 0)).expand(B, L)
+    elif strategy == "random":
+        drop = (torch.randint(k, (B, L), generator=generator, device=generator.device) == 0).to(targets.device)
+    elif plain and targets.is_cuda and kernels.available() and strategy != "avalanche":
+        table = hash_table(targets.device)
+        drop = kernels.window_mask_triton(targets.contiguous(), table, k, h, strategy, context, ignore_index, seed)
+    else:
+        ids, docs, before = targets, None if doc_ids is None else torch.atleast_2d(doc_ids), 0
+        if prev is not None:
+            prev = torch.atleast_2d(prev).long().expand(B, -1)  # (B, h)
+            before = prev.shape[1]
+            ids = torch.cat([prev, ids], dim=1)  # (B, h + L)
+            docs = None if docs is None else torch.cat([docs[:, :1].expand(B, before), docs], dim=1)
+        if hash_map is not None:
+            known = (ids >= 0) & (ids < len(hash_map)) & (ids != ignore_index)
+            ids = torch.where(known, hash_map.to(ids.device)[ids.clamp(0, len(hash_map) - 1)], ids)
+        value, size = _window(ids, h, strategy, docs)
+        drop = _draw(value, strategy, k, seed) & (size >= (1 if short_windows else h))
+        if context:  # the window that ends one place earlier decides, if it is of the same document
+            late = torch.zeros_like(drop)
+            late[:, 1:] = drop[:, :-1] if docs is None else drop[:, :-1] & (docs[:, 1:] == docs[:, :-1])
+            drop = late
+        drop = drop[:, before:]
+    drop = drop & (targets != ignore_index)
+    if exempt is not None:
+        ids = torch.as_tensor(exempt if isinstance(exempt, Tensor) else list(exempt), device=targets.device)
+        ids = ids.nonzero().flatten() if ids.dtype == torch.bool else ids
+        drop = drop & ~torch.isin(targets, ids)
+    if goldfish_rows is not None:
+        drop = drop & torch.as_tensor(goldfish_rows, device=targets.device).reshape(B, 1)
+    return drop.reshape(given.shape)
+
+
+def goldfish_targets(
+    targets: Tensor, k: int | None = 4, h: int = 13, strategy: str = "hash", ignore_index: int = -100, **mask_kw
+) -> Tensor:
+    """targets with the dropped ones replaced by ignore_index: (L,) or (B, L), any integer dtype -> int64."""
+    drop = goldfish_mask(targets, k, h, strategy, ignore_index=ignore_index, **mask_kw)
+    return targets.long().masked_fill(drop, ignore_index)
+
+
+def normalizing_map(pieces: list) -> Tensor:
+    """hash_map for a vocabulary of texts (str or bytes): each id's canonical id, (V,) int64.
+
+    Canonical is the lowest id whose text is equal after NFKC, case folding, removal of soft hyphens and zero-width
+    characters, and with every Unicode space as one space. Copies that differ in such details then share their mask.
+    """
+    invisible = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
+    first, out = {}, []
+    for i, piece in enumerate(pieces):
+        key = piece
+        if isinstance(piece, bytes):
+            try:
+                key = piece.decode("utf-8")
+            except UnicodeDecodeError:
+                pass  # part of a character: equal to itself alone
+        if isinstance(key, str):
+            key = unicodedata.normalize("NFKC", key).casefold().translate(invisible)
+            key = "".join(" " if c.isspace() else c for c in key)
+        out.append(first.setdefault(key, i))
+    return torch.tensor(out, dtype=torch.long)
+
+
+# ---- the method: the loss
+
+
+def _denominator(count: Tensor, normalizer) -> Tensor | float:
+    if normalizer is None or normalizer == "batch":
+        return count.clamp(min=1)
+    if normalizer == "global":
+        return cluster.total(count).clamp(min=1) / dist.get_world_size()
+    if isinstance(normalizer, str):
+        raise ValueError(f"unknown normalizer {normalizer!r}; choose batch, global, a number or a 0-d tensor")
+    return normalizer
+
+
+def _check_loss(shape: tuple, V: int, targets: Tensor, device: torch.device, ignore_index: int) -> None:
+    if tuple(targets.shape) != tuple(shape):
+        raise ValueError(f"targets {tuple(targets.shape)} do not match the rows {tuple(shape)} of logits or hidden")
+    if targets.device != device:
+        raise ValueError(f"targets are on {targets.device}, logits or hidden states on {device}. Move one of them.")
+    if V > 2**31 - 1:
+        raise ValueError(f"a vocabulary of {V} exceeds 2^31 - 1. Use goldfish_linear_loss, which never builds N x V.")
+    bad = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
+    if targets.is_cuda:  # without a host synchronisation
+        torch._assert_async(~bad.any(), f"a target is outside [0, {V}) and is not ignore_index {ignore_index}")
+    elif bad.any():
+        where = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"target {targets[where]} at {where} is outside [0, {V}) and not ignore_index {ignore_index}")
+
+
+def _finish(total: Tensor, masked: Tensor, drop: Tensor, ignore_index: int, normalizer, reduction, return_stats):
+    """Divide by |G| and collect the counts."""
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"unknown reduction {reduction!r}; choose mean or sum")
+    supervised, dropped = (masked != ignore_index).sum(), drop.sum()
+    loss = total if reduction == "sum" else total / _denominator(supervised, normalizer)
+    if not return_stats:
+        return loss
+    return loss, {"supervised": supervised, "dropped": dropped, "ignored": masked.numel() - supervised - dropped}
+
+
+def goldfish_loss(
+    logits: Tensor, targets: Tensor, k: int | None = 4, h: int = 13, strategy: str = "hash", ignore_index: int = -100,
+    normalizer=None, reduction: str = "mean", return_stats: bool = False, impl: str = "auto", **mask_kw,
+):  # fmt: skip
+    """L_G of logits (..., L, V) and targets (..., L) -> 0-d loss in fp32 (fp64 for fp64 logits).
+
+    k = None is ordinary cross-entropy. The normalizer is |G| of this call (None or "batch"), a number or 0-d tensor, or
+    "global": |G| of all ranks over their number, so that DDP's averaged gradients are those of one process; every rank
+    must then call it. With no supervised target the loss and all gradients are 0. reduction "sum" does not divide.
+    return_stats adds {supervised, dropped, ignored}, which sum to targets.numel(). impl: auto takes triton on a GPU,
+    where backward overwrites the logits with their gradient. mask_kw: see goldfish_mask, whose errors also apply.
+
+    An ignore_index inside [0, V), such as a pad id, is allowed; that token is then never supervised.
+    ValueError: shapes or devices disagree, a target outside [0, V), an unknown name. TypeError: targets not integers.
+    """
+    _check_loss(logits.shape[:-1], logits.shape[-1], targets, logits.device, ignore_index)
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"unknown impl {impl!r}; choose auto, torch or triton")
+    if impl == "auto":
+        fits = logits.is_cuda and kernels.available() and logits.dtype != torch.float64
+        impl = "triton" if fits else "torch"
+    drop = goldfish_mask(targets, k, h, strategy, ignore_index=ignore_index, **mask_kw)
+    masked = targets.long().masked_fill(drop, ignore_index)
+    if impl == "triton":
+        total = _masked_sum_triton(logits, masked, drop, ignore_index)
+    else:
+        keep = masked != ignore_index
+        rows = logits[keep]  # (n, V); dropped rows, NaN or not, never enter
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        total = F.cross_entropy(rows, masked[keep], reduction="sum")
+    return _finish(total, masked, drop, ignore_index, normalizer, reduction, return_stats)
+
+
+def _masked_sum_triton(logits: Tensor, masked: Tensor, drop: Tensor, ignore_index: int) -> Tensor:
+    if logits.dtype == torch.float64 or not kernels.available():
+        raise ValueError(f"impl='triton' needs Triton and logits below float64, got {logits.dtype}. Use impl='torch'.")
+    if logits.stride(-1) != 1:
+        logits = logits.contiguous()
+    rows = logits.reshape(-1, logits.shape[-1])  # (N, V)
+    return kernels.MaskedCrossEntropy.apply(rows, masked.reshape(-1), drop.reshape(-1), ignore_index)
+
+
+def _nll_grad_(logits: Tensor, y: Tensor) -> Tensor:
+    """Summed -log softmax(logits)[y] over rows (C, V); the logits become softmax - onehot, with no second (C, V)."""
+    if logits.is_cuda and kernels.available() and logits.dtype != torch.float64:
+        return kernels.nll_grad_triton_(logits, y)
+    logits -= logits.amax(dim=-1, keepdim=True)
+    x_y = logits.gather(-1, y[:, None])  # (C, 1)
+    s = logits.exp_().sum(dim=-1, keepdim=True)  # (C, 1)
+    logits /= s
+    logits.scatter_add_(-1, y[:, None], torch.full_like(x_y, -1.0))
+    return (s.log() - x_y).sum()
+
+
+class _LinearSum(torch.autograd.Function):
+    """Summed cross-entropy of hidden (n, D) @ weight (V, D)^T + bias, in chunks; gradients are ready after forward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets, chunk):
+        acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        want_h, want_w, want_b = ctx.needs_input_grad[:3]
+        total = torch.zeros((), dtype=acc, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if want_h else None
+        d_weight = torch.zeros_like(weight, dtype=acc) if want_w else None
+        d_bias = torch.zeros_like(bias, dtype=acc) if want_b else None
+        half = hidden.dtype != acc
+        scratch = hidden.new_empty(min(chunk, len(hidden)), weight.shape[0])  # (C, V): all there ever is of N x V
+        for first in range(0, len(hidden), chunk):
+            h_c, y_c = hidden[first : first + chunk], targets[first : first + chunk]  # (C, D), (C,)
+            g = torch.mm(h_c, weight.T, out=scratch[: len(h_c)])  # (C, V)
+            if bias is not None:
+                g += bias
+            if half and not g.is_cuda:  # without the kernel, softmax in fp32 needs a copy
+                wide = g.float()
+                total += _nll_grad_(wide, y_c)
+                g.copy_(wide)
+            else:
+                total += _nll_grad_(g, y_c)  # g is now d total / d logits
+            if want_h:
+                torch.mm(g, weight, out=d_hidden[first : first + chunk])
+            if want_w:
+                d_weight.add_(g.T @ h_c) if half else d_weight.addmm_(g.T, h_c)
+            if want_b:
+                d_bias += g.sum(dim=0, dtype=acc)
+        cast = lambda d, like: None if d is None else d.to(like.dtype)
+        ctx.save_for_backward(d_hidden, cast(d_weight, weight), cast(d_bias, bias))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return *(None if d is None else d * grad.to(d.dtype) for d in ctx.saved_tensors), None, None
+
+
+def goldfish_linear_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, k: int | None = 4, h: int = 13, strategy: str = "hash",
+    ignore_index: int = -100, normalizer=None, reduction: str = "mean", return_stats: bool = False, chunk: int = 2048,
+    bias: Tensor | None = None, **mask_kw,
+):  # fmt: skip
+    """goldfish_loss(hidden @ weight.T + bias, targets) without the N x V logits: hidden (..., L, D), weight (V, D).
+
+    The kept rows are gathered first, so a dropped row costs no matrix product: the head is 1/k cheaper than in ordinary
+    training (6 (1 - 1/k) N D V FLOP). Then `chunk` rows at a time make logits, loss and gradients in one (chunk, V)
+    scratch. Arguments, result and errors otherwise as goldfish_loss; ValueError also for a width that disagrees.
+    """
+    if hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} differ in their last dimension"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 row, got {chunk}")
+    _check_loss(hidden.shape[:-1], weight.shape[0], targets, hidden.device, ignore_index)
+    drop = goldfish_mask(targets, k, h, strategy, ignore_index=ignore_index, **mask_kw)
+    masked = targets.long().masked_fill(drop, ignore_index)
+    keep = masked != ignore_index
+    weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+    total = _LinearSum.apply(hidden[keep], weight, bias, masked[keep], chunk)  # hidden[keep] (n, D)
+    return _finish(total, masked, drop, ignore_index, normalizer, reduction, return_stats)
+
+
+# ---- the audit: what can be extracted, and who was a member
+
+
+class _Decoder:
+    """A growing batch of sequences; keeps the model's key/value cache if the model takes one, else re-reads them."""
+
+    def __init__(self, model, ids: Tensor):
+        self.model, self.ids, self.new = model, ids, ids
+        self.cache = {} if getattr(model, "uses_cache", False) else None
+
+    def log_probs(self) -> Tensor:
+        """Of the next token, (B, V)."""
+        logits = self.model(self.ids) if self.cache is None else self.model(self.new, self.cache)  # (B, T, V)
+        return logits[:, -1].float().log_softmax(dim=-1)
+
+    def extend(self, parent: Tensor, token: Tensor) -> None:
+        """Sequence i becomes the old sequence parent[i] and token[i]."""
+        self.new = token[:, None]
+        self.ids = torch.cat([self.ids[parent], self.new], dim=1)
+        if self.cache is not None:
+            self.cache = {i: (k[parent], v[parent]) for i, (k, v) in self.cache.items()}
+
+
+@torch.no_grad()
+def extract(model, rows: Tensor, n_prefix: int, n_suffix: int, beams: int = 1, mask: Tensor | None = None) -> Tensor:
+    """Continue the first n_prefix tokens of rows (B, >= n_prefix) -> (B, n_suffix), or (B, beams, n_suffix) best first.
+
+    model: any callable ids (B, T) -> logits (B, T, V). beams = 1 is greedy, ties to the lowest id; more is beam search
+    by total log-probability. With `mask`, the drop mask of rows[:, 1:], the search is that of an attacker who knows it:
+    greedy at kept targets, the 8 likeliest tokens at dropped ones. ValueError: lengths that do not fit.
+    """
+    if min(n_prefix, n_suffix, beams) < 1 or rows.shape[1] < n_prefix:
+        raise ValueError(
+            f"cannot give {n_prefix} tokens of rows {tuple(rows.shape)}, ask {n_suffix}, with {beams} beams"
+        )
+    if mask is not None and mask.shape[1] < n_prefix + n_suffix - 1:
+        raise ValueError(f"mask {tuple(mask.shape)} does not cover {n_prefix} + {n_suffix} - 1 targets")
+    B, W = rows.shape[0], 1  # W sequences are alive per row
+    decoder, score = _Decoder(model, rows[:, :n_prefix]), torch.zeros(B, 1, device=rows.device)
+    for j in range(n_suffix):
+        log_p = rearrange(decoder.log_probs(), "(b w) v -> b w v", b=B)
+        branch = min(beams if mask is None else 8, log_p.shape[-1])
+        best, token = log_p.topk(branch, dim=-1)  # (B, W, branch)
+        token[..., 0] = (log_p == best[..., :1]).int().argmax(dim=-1)  # the lowest of equals
+        if mask is not None:
+            best[..., 1:].masked_fill_(~mask[:, n_prefix + j - 1, None, None], -math.inf)
+        kept = min(beams, W * branch)
+        score, pick = (score[..., None] + best).flatten(1).topk(kept)  # (B, kept) of (B, W branch)
+        parent = pick // branch + W * torch.arange(B, device=rows.device)[:, None]
+        decoder.extend(parent.flatten(), token.flatten(1).gather(1, pick).flatten())
+        W = kept
+    out = rearrange(decoder.ids[:, n_prefix:], "(b w) n -> b w n", b=B)
+    out = torch.where(score.isinf()[..., None], out[:, :1], out)  # branches the mask forbids repeat the best
+    return out[:, 0] if beams == 1 else out
+
+
+def _pair(a, b) -> tuple[Tensor, Tensor]:
+    a, b = torch.as_tensor(a), torch.as_tensor(b)
+    if a.ndim != b.ndim or a.shape[:-1] != b.shape[:-1]:
+        raise ValueError(f"cannot compare sequences of shapes {tuple(a.shape)} and {tuple(b.shape)}")
+    return torch.atleast_2d(a), torch.atleast_2d(b)
+
+
+def _overlap(a, b, contiguous: bool) -> Tensor:
+    """Longest common subsequence or contiguous run of a (B, n) and b (B, m), (B,)."""
+    length = torch.zeros(b.shape[0], b.shape[1] + 1, dtype=torch.long, device=b.device)  # column j: with b[:, :j]
+    longest = length.amax(dim=1)
+    for i in range(a.shape[1]):
+        equal = b == a[:, i : i + 1]  # (B, m)
+        if contiguous:
+            length[:, 1:] = torch.where(equal, length[:, :-1] + 1, 0)
+        else:
+            length[:, 1:] = torch.maximum(length[:, 1:], length[:, :-1] + equal).cummax(dim=1).values
+        longest = torch.maximum(longest, length.amax(dim=1))
+    return longest
+
+
+def rouge_l(a, b):
+    """RougeL F of token ids: 2 LCS / (n + m). (n,), (m,) -> float; (B, n), (B, m) -> (B,)."""
+    x, y = _pair(a, b)
+    f = 2 * _overlap(x, y, contiguous=False) / max(1, x.shape[1] + y.shape[1])
+    return f.item() if torch.as_tensor(a).ndim == 1 else f
+
+
+def exact_match(gen, ref) -> float:
+    """Share of documents (B, n) whose whole suffix is equal."""
+    gen, ref = _pair(gen, ref)
+    return (gen == ref).all(dim=1).float().mean().item()
+
+
+def token_accuracy(gen, ref) -> float:
+    """Share of equal positions of (B, n)."""
+    gen, ref = _pair(gen, ref)
+    return (gen == ref).float().mean().item()
+
+
+def first_divergence(gen, ref) -> Tensor:
+    """Index of the first wrong token of each document, n when there is none: (B, n) -> (B,)."""
+    gen, ref = _pair(gen, ref)
+    return (gen == ref).int().cumprod(dim=1).sum(dim=1)
+
+
+@torch.no_grad()
+def mia_scores(model, rows: Tensor, texts: list[str] | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Membership scores of rows (B, L + 1), higher = more likely trained on: {loss, zlib, min_k}, each (B,).
+
+    loss: mean log-probability. zlib: total log-probability over the compressed size of the text in bytes (of the ids,
+    without texts). min_k: mean of the lowest 20 % log-probabilities. With a drop mask (B, L): supervised targets only,
+    the stronger attack of one who knows it.
+    """
+    log_p = model(rows[:, :-1]).float().log_softmax(dim=-1).gather(-1, rows[:, 1:, None])[..., 0]  # (B, L)
+    seen = torch.ones_like(log_p, dtype=torch.bool) if mask is None else ~mask
+    raw = [t.encode() for t in texts] if texts else [row.cpu().int().numpy().tobytes() for row in rows]
+    size = torch.tensor([len(zlib.compress(r)) for r in raw], device=rows.device)
+    low = log_p.masked_fill(~seen, math.inf).sort(dim=1).values  # (B, L)
+    n_low = (0.2 * seen.sum(dim=1)).ceil().clamp(min=1)
+    among = torch.arange(low.shape[1], device=rows.device) < n_low[:, None]
+    total = torch.where(seen, log_p, 0).sum(dim=1)
+    return {
+        "loss": total / seen.sum(dim=1).clamp(min=1),
+        "zlib": total / size,
+        "min_k": torch.where(among, low, 0).sum(dim=1) / n_low,
+    }
+
+
+def auc(pos, neg) -> float:
+    """Chance that a member scores above a non-member, ties counted half."""
+    pos, neg = torch.as_tensor(pos).flatten()[:, None], torch.as_tensor(neg).flatten()
+    return ((pos > neg).double() + (pos == neg).double() / 2).mean().item()
+
+
+def tpr_at_fpr(pos, neg, fpr: float) -> float:
+    """Share of members above a threshold that at most `fpr` of the non-members pass (none, below 1/len(neg))."""
+    pos, neg = torch.as_tensor(pos).flatten(), torch.as_tensor(neg).flatten().sort(descending=True).values
+    allowed = min(int(fpr * len(neg) + 1e-9), len(neg) - 1)
+    return (pos > neg[allowed]).double().mean().item()
+
+
+# ---- the model
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP."""
+
+    def __init__(self, d_model: int, n_head: int):
+        super().__init__()
+        self.n_head = n_head
+        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
+        self.qkv, self.out = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
+        self.up, self.down = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
+
+    def forward(self, x: Tensor, cache: dict | None, layer: int) -> Tensor:
+        q, k, v = rearrange(self.qkv(self.norm1(x)), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
+        if cache is not None:
+            if layer in cache:
+                k, v = torch.cat([cache[layer][0], k], dim=2), torch.cat([cache[layer][1], v], dim=2)  # (B, H, S, D)
+            cache[layer] = (k, v)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)  # (B, H, T, D)
+        x = x + self.out(rearrange(y, "b h t d -> b t (h d)"))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """forward(ids (B, T)) -> logits (B, T, V), or the final hidden states (B, T, C). The head is the embedding."""
+
+    uses_cache = True
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.tok, self.pos = nn.Embedding(cfg.vocab, cfg.d_model), nn.Embedding(cfg.block, cfg.d_model)
+        self.blocks = nn.ModuleList(Block(cfg.d_model, cfg.n_head) for _ in range(cfg.n_layer))
+        self.norm = nn.LayerNorm(cfg.d_model)
+        g = cluster.generator(cfg.seed, 0)
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                last = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if last else 0.02, generator=g)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, ids: Tensor, cache: dict | None = None, hidden: bool = False) -> Tensor:
+        past = cache[0][0].shape[2] if cache else 0  # a cache is a dict that the call fills; it starts as {}
+        x = self.tok(ids) + self.pos.weight[past : past + ids.shape[1]]  # (B, T, C)
+        for i, block in enumerate(self.blocks):
+            x = block(x, cache, i)
+        x = self.norm(x)
+        return x if hidden else F.linear(x, self.tok.weight)
+
+
+class Llama:
+    """A real checkpoint behind the same call: Llama(state dict, config)(ids (B, T)) -> logits (B, T, V). No biases."""
+
+    uses_cache = True
+
+    def __init__(self, w: dict[str, Tensor], config: dict):
+        self.w, self.config = w, config
+        self.freq = rope_frequencies(config).to(w["model.norm.weight"].device)
+
+    def __call__(self, ids: Tensor, cache: dict | None = None) -> Tensor:
+        c, w = self.config, self.w
+        norm = lambda x, name: F.rms_norm(x, x.shape[-1:], w[name + ".weight"], c["rms_norm_eps"])
+        mul = lambda x, name: F.linear(x, w[name + "_proj.weight"])
+        past, T = cache[0][0].shape[2] if cache else 0, ids.shape[1]
+        angle = torch.outer(torch.arange(past, past + T, device=ids.device).float(), self.freq)  # (T, D/2)
+        seen = torch.ones(T, past + T, dtype=torch.bool, device=ids.device).tril(past)  # (T, S)
+        x = w["model.embed_tokens.weight"][ids]  # (B, T, C)
+        for i in range(c["num_hidden_layers"]):
+            at, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+            y = norm(x, f"model.layers.{i}.input_layernorm")
+            q = rearrange(mul(y, at + "q"), "b t (h d) -> b h t d", h=c["num_attention_heads"])  # (B, H, T, D)
+            k = rearrange(mul(y, at + "k"), "b t (h d) -> b h t d", h=c["num_key_value_heads"])  # (B, Hk, T, D)
+            v = rearrange(mul(y, at + "v"), "b t (h d) -> b h t d", h=c["num_key_value_heads"])
+            q, k = rotate(q, angle), rotate(k, angle)
+            if cache is not None:
+                if i in cache:
+                    k, v = torch.cat([cache[i][0], k], dim=2), torch.cat([cache[i][1], v], dim=2)  # (B, Hk, S, D)
+                cache[i] = (k, v)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)  # (B, H, T, D)
+            x = x + mul(rearrange(y, "b h t d -> b t (h d)"), at + "o")
+            y = norm(x, f"model.layers.{i}.post_attention_layernorm")
+            x = x + mul(F.silu(mul(y, mlp + "gate")) * mul(y, mlp + "up"), mlp + "down")
+        return F.linear(norm(x, "model.norm"), w.get("lm_head.weight", w["model.embed_tokens.weight"]))
+
+
+# ---- the experiment: text with canaries
+
+VALIDATION = 64  # rows
+
+
+class Text:
+    """The corpus cut into rows of block + 1 tokens, split by the seed: canaries, non-members, validation, background."""
+
+    def __init__(self, cfg: Config):
+        text = corpus(cfg.data)
+        self.cfg, self.tokenizer = cfg, Tokenizer.train(text, cfg.vocab)
+        ids = self.tokenizer.encode(text)
+        self.crc, width = zlib.crc32(ids.numpy().tobytes()), cfg.block + 1
+        n, held = len(ids) // width, 2 * cfg.canaries + VALIDATION
+        if n < cfg.canaries:
+            raise BadInput(
+                f"--canaries {cfg.canaries}, but the text has only {n} rows of {width} tokens. Ask for fewer."
+            )
+        if n < held + cfg.batch:
+            raise BadInput(
+                f"the text is too small: {len(ids)} tokens, but {cfg.canaries} canaries, as many non-members, {VALIDATION} "
+                f"validation rows and one batch of {cfg.batch} need {(held + cfg.batch) * width}. Give more --data."
+            )
+        rows = ids[: n * width].reshape(n, width)[torch.randperm(n, generator=cluster.generator(cfg.seed, 1))]
+        parts = rows.split([cfg.canaries, cfg.canaries, VALIDATION, n - held])
+        self.canary, self.nonmember, self.validation, self.background = parts  # (rows, block + 1) each
+        self.slots = round(cfg.batch * cfg.canary_share) if cfg.canaries else 0  # canaries in a batch
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019  as long-lived as the run
+    def _order(self, n: int, epoch: int) -> Tensor:
+        return torch.randperm(n, generator=cluster.generator(self.cfg.seed, 2, n, epoch))
+
+    def _next(self, rows: Tensor, first: int, count: int) -> Tensor:
+        """Items first .. first + count - 1 of an endless stream of reshuffled epochs over `rows`."""
+        n = len(rows)
+        return torch.stack([rows[self._order(n, i // n)[i % n]] for i in range(first, first + count)])
+
+    def batch(self, step: int) -> Tensor:
+        """The rows of a step, (batch, block + 1): the same on every rank, a function of the seed and the step alone."""
+        cfg, g = self.cfg, cluster.generator(self.cfg.seed, 3, step)
+        if cfg.control or not self.slots:
+            return self._next(self.background, step * cfg.batch, cfg.batch)
+        shown = self._next(self.canary, step * self.slots, self.slots)
+        if cfg.rechunk:  # cut the canary at a random place: other text before or after it
+            filler = self.background[torch.randint(len(self.background), (2, self.slots), generator=g)]
+            around = torch.cat([filler[0], shown, filler[1]], dim=1)  # (slots, 3 (block + 1))
+            first = torch.randint(-cfg.suffix, cfg.suffix + 1, (self.slots, 1), generator=g) + cfg.block + 1
+            shown = around.gather(1, first + torch.arange(cfg.block + 1))
+        if cfg.noise:
+            hit = torch.rand(shown.shape, generator=g) < cfg.noise
+            other = self.background.flatten()
+            other = other[torch.randint(len(other), shown.shape, generator=g)]
+            shown = torch.where(hit, other, shown)
+        fresh = cfg.batch - self.slots
+        rows = torch.cat([shown, self._next(self.background, step * fresh, fresh)]) if fresh else shown
+        return rows[torch.randperm(cfg.batch, generator=g)]
+
+
+def mask_of(cfg: Config, rows: Tensor, *salt: int) -> Tensor:
+    """The drop mask of rows[:, 1:] under the run's settings, (B, block)."""
+    g = cluster.generator(cfg.seed, 4, *salt) if cfg.strategy == "random" else None
+    return goldfish_mask(rows[:, 1:], cfg.k or None, cfg.h, cfg.strategy, window=cfg.window, generator=g)
+
+
+def learning_rate(cfg: Config, step: int, done: float) -> float:
+    """Linear warm-up, then cosine to a tenth; done: part of the run behind us, 0..1."""
+    return cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup)) * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
+
+
+# fields that change the numbers of a run; a checkpoint goes on only under the same ones
+FIXED = (
+    "k", "h", "strategy", "window", "normalizer", "seed", "vocab", "block", "canaries", "canary_share", "control",
+    "noise", "rechunk", "d_model", "n_layer", "n_head", "batch", "lr", "warmup", "supervised_tokens", "dtype",
+)  # fmt: skip
+
+
+def check_resume(state: dict, cfg: Config, text: Text) -> None:
+    """BadInput: the checkpoint was trained with another setting, text or table of uniforms."""
+    for name in FIXED:
+        was, now = state["setting"][name], getattr(cfg, name)
+        if was != now:
+            flag = "--" + name.replace("_", "-")
+            raise BadInput(
+                f"the checkpoint was trained with {flag} {was}, this run asks for {flag} {now}; going on would train the "
+                f"targets that were dropped so far. Pass {flag} {was}, or start anew with another --out."
+            )
+    if state["crc"] != text.crc:
+        raise BadInput("the checkpoint was trained on another text. Pass the same --data, or another --out.")
+
+
+def train(
+    cfg: Config, text: Text, w: cluster.World, run: report.Run, what: str = "train", path=None, state=None
+) -> GPT:
+    """Train one model; `path`: where checkpoints go (none without), `state`: the checkpoint to go on from."""
+    S = w.size * cfg.accum  # shards of a batch
+    if cfg.batch % S:
+        raise BadInput(f"--batch {cfg.batch} does not divide over {w.size} processes x --accum {cfg.accum}")
+    model = GPT(cfg).to(w.device)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95))
+    first, supervised = 0, torch.zeros((), dtype=torch.long, device=w.device)
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first, supervised = state["step"], supervised + state["supervised"]
+    ddp = DistributedDataParallel(model)
+    goal = cfg.supervised_tokens
+    amp = torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+
+    def summed(out: Tensor, targets: Tensor) -> Tensor:  # over the supervised targets
+        if cfg.loss == "linear":
+            return goldfish_linear_loss(out, model.tok.weight, targets, k=None, reduction="sum")
+        return goldfish_loss(out, targets, k=None, reduction="sum")
+
+    def checkpoint(step: int) -> None:
+        if path and w.main:
+            setting = {name: getattr(cfg, name) for name in FIXED} | {"data": list(cfg.data)}
+            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            cluster.save(path, {**parts, "supervised": int(supervised), "setting": setting, "crc": text.crc})
+
+    with cluster.stop_signal(w.device) as stopping:
+        steps = itertools.count(first) if goal else range(first, cfg.steps)
+        bar = report.progress(steps, what, w, None if goal else cfg.steps, first)
+        for step in bar:
+            done = float(supervised) / goal if goal else step / cfg.steps
+            if done >= 1:
+                break
+            rows = text.batch(step)
+            mine = [rows[s::S].to(w.device) for s in range(w.rank, S, w.size)]  # accum x (batch / S, block + 1)
+            masks = [mask_of(cfg, r, step, s) for r, s in zip(mine, range(w.rank, S, w.size), strict=True)]
+            count = cluster.total(torch.stack([(~m).sum() for m in masks]).sum())  # |G| of the whole step
+            supervised += count
+            log = (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps
+            sums = torch.zeros(2, dtype=torch.float64, device=w.device)  # supervised loss, loss over all targets
+            for i, (r, drop) in enumerate(zip(mine, masks, strict=True)):
+                ddp.require_backward_grad_sync = i == len(mine) - 1
+                with amp:
+                    out = ddp(r[:, :-1], hidden=cfg.loss == "linear")  # (batch / S, T, V) or (batch / S, T, C)
+                    kept = summed(out, r[:, 1:].masked_fill(drop, -100))
+                    if log:
+                        with torch.no_grad():
+                            sums += torch.stack([kept.detach(), summed(out, r[:, 1:])]).double()
+                n = count / w.size if cfg.normalizer == "global" else (~drop).sum().clamp(min=1) * cfg.accum
+                (kept / n).backward()  # DDP averages over the ranks
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(cfg, step, done)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if log:
+                kept, every = cluster.total(sums).tolist()
+                n, n_all = int(count), cfg.batch * cfg.block
+                gap = {"loss_dropped": (every - kept) / (n_all - n)} if n_all > n else {}
+                seen = {"supervised": int(supervised), "tokens": (step + 1) * n_all}
+                losses = {"loss": kept / max(1, n), "loss_all": every / n_all, **gap}
+                run.log(run=what, step=step + 1, **losses, grad_norm=norm, lr=learning_rate(cfg, step, done), **seen)
+                bar.set_postfix_str(f"loss {losses['loss']:.3f}")
+            if cfg.save_every and (step + 1) % cfg.save_every == 0:
+                checkpoint(step + 1)
+            if path and stopping():
+                checkpoint(step + 1)
+                w.print(f"stopped by SIGTERM after step {step + 1}; go on with --resume")
+                raise SystemExit(0)
+    checkpoint(cfg.steps if not goal else step)
+    model.supervised = int(supervised)
+    return model
+
+
+@torch.no_grad()
+def audit(cfg: Config, text: Text, model) -> dict:
+    """Everything the table shows, measured on the canaries, non-members and validation rows. The model is in eval use."""
+    device = next(model.parameters()).device
+    canary, other, held = (r.to(device) for r in (text.canary, text.nonmember, text.validation))
+    loss = torch.stack([goldfish_loss(model(r[:, :-1]), r[:, 1:], k=None) for r in held.split(16)]).mean().item()
+    if not cfg.canaries:
+        return {"val_loss": loss}
+    n_p, n_s = cfg.prefix, cfg.suffix
+    gen, ref = extract(model, canary, n_p, n_s), canary[:, n_p : n_p + n_s]  # (canaries, n_s)
+    t = first_divergence(gen, ref)  # (canaries,)
+    wrong = t < n_s
+    drop = mask_of(cfg, canary)  # generated token j is target n_p + j - 1
+    at_dropped = drop[wrong, n_p + t[wrong] - 1].float().mean().item() if cfg.k and wrong.any() else math.nan
+    member, stranger = mia_scores(model, canary), mia_scores(model, other)
+    return {
+        "exact": exact_match(gen, ref), "accuracy": token_accuracy(gen, ref),
+        "rouge_l": rouge_l(gen, ref).mean().item(),
+        "longest_run": (_overlap(gen, ref, contiguous=True) / n_s).mean().item(),
+        "divergence": t.float().mean().item(), "at_dropped": at_dropped, "val_loss": loss,
+        "survival": [(t >= n).float().mean().item() for n in range(n_s + 1)],
+        **{f"auc_{s}": auc(member[s], stranger[s]) for s in member},
+        "tpr_at_1%_fpr": tpr_at_fpr(member["loss"], stranger["loss"], 0.01),
+        "generated": gen.tolist(),
+    }  # fmt: skip
+
+
+ALIASES = {
+    "ordinary": "k=0",
+    "control": "k=0,control=1",
+    "random": "k=4,strategy=random",
+    "near-duplicates": "k=4,noise=0.05",
+}
+
+
+def row_config(cfg: Config, spec: str) -> Config:
+    """The settings of one demo row: an alias, or FIELD=VALUE,... over the command line's. BadInput: no such field."""
+    known, changed = {f.name: type(f.default) for f in fields(Config)}, {}
+    for item in ALIASES.get(spec, spec).split(","):
+        name, _, value = item.partition("=")
+        name = name.strip().replace("-", "_")
+        if name not in known or not value:
+            raise BadInput(
+                f"--runs {spec}: {item!r} is not FIELD=VALUE. Rows are {', '.join(ALIASES)} or such as k=4,h=7."
+            )
+        try:
+            changed[name] = bool(int(value)) if known[name] is bool else known[name](value)
+        except ValueError as e:
+            raise BadInput(f"--runs {spec}: {value!r} is not a value for {name}") from e
+    try:
+        return replace(cfg, **changed)
+    except ValueError as e:
+        raise BadInput(f"--runs {spec}: {e}") from e
+
+
+def demo(cfg: Config, w: cluster.World) -> bool:
+    """Train a model per row of --runs, audit each, print the table, the lessons, the picture and the claim."""
+    # Two micro-batches of half a batch, on one process or on two: the same sums in the same order.
+    cfg = replace(cfg, accum=max(cfg.accum, 2 // w.size))
+    configs = {spec: row_config(cfg, spec) for spec in cfg.runs}
+    run, text, found = report.Run(cfg.out, cfg, w), Text(cfg), {}
+    for spec, c in configs.items():
+        start = time.perf_counter()
+        model = train(c, text, w, run, spec)
+        found[spec] = audit(c, text, model) | {"supervised": model.supervised, "seconds": time.perf_counter() - start}
+        run.log(audit=spec, **found[spec])
+        w.print(f"{spec}: exact match {found[spec]['exact']:.3f}, {found[spec]['seconds']:.1f} s")
+    shown = [
+        [spec, f"{f['supervised'] / 1e3:.0f}k", f["exact"], f["accuracy"], f["rouge_l"], f"{f['divergence']:.1f}",
+         "-" if math.isnan(f["at_dropped"]) else f"{f['at_dropped']:.0%}", f["val_loss"], f["auc_loss"],
+         f"{f['seconds']:.1f}"]
+        for spec, f in found.items()
+    ]  # fmt: skip
+    head = ["run", "supervised", "exact match", "token acc.", "RougeL", "first divergence", "at dropped", "val loss"]
+    w.print("\n" + report.table([*head, "MIA AUC", "seconds"], shown) + "\n")
+    if "random" in found:
+        w.print(
+            f"lesson: a mask drawn afresh at each showing protects nothing ({found['random']['exact']:.2f} recited)."
+        )
+    if "near-duplicates" in found:
+        w.print(
+            f"lesson: near-duplicates defeat the hash ({found['near-duplicates']['exact']:.2f} recited with 5 % noise)."
+        )
+    if w.main and {"ordinary", "k=4"} <= set(found):
+        w.print(report.picture(f"{cfg.out}/goldfish.png", functools.partial(draw, cfg, text, found), **FIGURE))
+    if not {"ordinary", "k=4", "k=3"} <= set(found):
+        w.print("no claim: it needs the rows ordinary, k=4 and k=3")
+        return True
+    plain, masked = found["ordinary"], [found["k=4"], found["k=3"]]
+    gap = max(abs(f["val_loss"] - plain["val_loss"]) for f in masked)
+    off = min(f["at_dropped"] for s, f in found.items() if s in ("k=8", "k=4", "k=3"))
+    return run.claim(
+        "goldfish loss stops verbatim recall (exact match) and keeps validation loss",
+        "84 of 100 articles recited after ordinary training, 0 of 100 with k=4 (LLaMA-2-7B)",
+        f"ordinary recites {plain['exact']:.2f} of the canaries, k=4 {masked[0]['exact']:.2f}, k=3 "
+        f"{masked[1]['exact']:.2f}; {off:.0%} of divergences at a dropped target; validation loss within {gap:.3f}",
+        plain["exact"] >= 0.9 and max(f["exact"] for f in masked) <= 0.05 and off == 1 and gap <= 0.1,
+        f"{cfg.canaries} canaries of {cfg.block + 1} tokens, {cfg.steps} steps, seed {cfg.seed}, {w.device.type}",
+    )
+
+
+FIGURE = {"ncols": 2, "figsize": (15, 5.2), "gridspec_kw": {"width_ratios": [1, 1.75]}}
+
+
+def draw(cfg: Config, text: Text, found: dict, figure, axes) -> None:
+    """Left: survival curves. Right: one canary as the ordinary and the k=4 model continue it, dropped targets boxed."""
+    left, right = axes
+    for spec in found:
+        left.plot(found[spec]["survival"], label=spec, lw=2, ls="--" if spec in ALIASES and spec != "ordinary" else "-")
+    left.set(xlabel="tokens generated", ylabel="share of canaries still verbatim", ylim=(-0.03, 1.03))
+    left.set_title("How long a training text is recited")
+    left.legend(frameon=False, fontsize=9)
+    first = [next((i for i, (a, b) in enumerate(zip(g, r, strict=True)) if a != b), cfg.suffix) for g, r in
+             zip(found["k=4"]["generated"], text.canary[:, cfg.prefix :].tolist(), strict=True)]  # fmt: skip
+    which = sorted(range(len(first)), key=lambda i: abs(first[i] - 8))[0]  # a canary that shows some of both
+    row = text.canary[which]
+    dropped = mask_of(row_config(cfg, "k=4"), row[None])[0]
+    true = row[cfg.prefix : cfg.prefix + cfg.suffix].tolist()
+    y, columns = 0.0, 78
+    right.set(xlim=(0, columns), ylim=(-26, 1.5))
+    right.axis("off")
+    parts = [("prompt", row[: cfg.prefix].tolist()), ("training text", true)]
+    for title, ids in [*parts, *((f"{s} continues", found[s]["generated"][which]) for s in ("ordinary", "k=4"))]:
+        right.text(0, y, title, weight="bold", fontsize=10)
+        x, y, ok = 0, y - 1.5, True
+        for j, i in enumerate(ids):
+            word = text.tokenizer.piece(i).decode("utf-8", "replace").replace("\n", "¶")
+            if x + len(word) > columns:
+                x, y = 0, y - 1.5
+            ok = ok and (title in ("prompt", "training text") or i == true[j])
+            color = (
+                "0.45" if title == "prompt" else "black" if title == "training text" else "green" if ok else "crimson"
+            )
+            box = title != "prompt" and title != "ordinary continues" and dropped[cfg.prefix + j - 1]
+            edge = {"facecolor": "#ffe9a8" if box else "none", "edgecolor": "none", "pad": 1.2}
+            right.text(x, y, word, family="monospace", fontsize=9.5, color=color, bbox=edge)
+            x += len(word)
+        y -= 2.2
+    right.text(0, y, "yellow: targets that k=4 dropped; green: verbatim; red: after the first wrong token", fontsize=9)
+    figure.tight_layout()
+
+
+def train_mode(cfg: Config, w: cluster.World) -> None:
+    """One run on text, with checkpoints, audited at its end."""
+    path, text = f"{cfg.out}/checkpoint.pt", Text(cfg)
+    state = cluster.load(path) if cfg.resume else None
+    if state:
+        check_resume(state, cfg, text)
+    elif w.main:
+        cluster.set_aside(path)
+    run = report.Run(cfg.out, cfg, w, state["step"] if state else 0)
+    model = train(cfg, text, w, run, path=path, state=state)
+    found = audit(cfg, text, model)
+    run.log(audit="train", **found)
+    w.print(summary(cfg, found))
+
+
+def summary(cfg: Config, f: dict) -> str:
+    """One line of an audit's main numbers."""
+    if not cfg.canaries:
+        return f"validation loss {f['val_loss']:.4f}"
+    return (
+        f"k={cfg.k}: exact match {f['exact']:.3f}, RougeL {f['rouge_l']:.3f}, first divergence {f['divergence']:.1f} "
+        f"({f['at_dropped']:.0%} at a dropped target), validation loss {f['val_loss']:.4f}, MIA AUC {f['auc_loss']:.3f}"
+    )
+
+
+def audit_run(cfg: Config, w: cluster.World) -> None:
+    """Audit the model that `train` left in --model: greedy, beam search, and the attacker who knows the mask."""
+    state = cluster.load(f"{cfg.model}/checkpoint.pt")
+    setting = state["setting"] | {"data": tuple(state["setting"]["data"])}
+    c = replace(cfg, **{n: v for n, v in setting.items() if n in {f.name for f in fields(Config)}})
+    text = Text(c)
+    check_resume(state, c, text)
+    model = GPT(c).to(w.device)
+    model.load_state_dict(state["model"])
+    found = audit(c, text, model)
+    w.print(summary(c, found))
+    rows, ref = text.canary.to(w.device), text.canary[:, None, c.prefix : c.prefix + c.suffix].to(w.device)
+    drop, shown = mask_of(c, rows), []
+    for width in report.progress(c.beams, "beam search", w):
+        hit = []
+        for mask in (None, drop):
+            gen = extract(model, rows, c.prefix, c.suffix, width, mask).reshape(len(rows), width, c.suffix)
+            hit.append((gen == ref).all(dim=2).any(dim=1).float().mean().item())
+        shown.append([str(width), *hit])
+    w.print(report.table(["beams", "exact match", "mask-aware"], shown))
+    if w.main:
+        report.write_json(f"{c.out}/audit.json", found | {"beams": shown, "setting": setting})
+
+
+def audit_real(cfg: Config, w: cluster.World) -> None:
+    """Does a real model recite these files? Extraction and membership scores per file."""
+    weights = open_weights(cfg.model)
+    tokenizer, model = (
+        weights.tokenizer(),
+        Llama({n: t.to(w.device) for n, t in weights.state_dict().items()}, weights.config),
+    )
+    width, shown, scores = cfg.prefix + cfg.suffix, [], {}
+    files = [(n, True) for n in cfg.data] + [(n, False) for n in cfg.nonmembers if n != "none"]
+    for name, member in report.progress(files, "audit", w):
+        ids = torch.tensor(tokenizer.encode(corpus(name)).ids)
+        n = min(cfg.rows, len(ids) // width)
+        if n == 0:
+            raise BadInput(f"{name} has {len(ids)} tokens; --prefix {cfg.prefix} + --suffix {cfg.suffix} need {width}.")
+        rows = ids[: n * width].reshape(n, width)
+        texts = [tokenizer.decode(r.tolist()) for r in rows]
+        rows = rows.to(w.device)
+        gen, ref = extract(model, rows, cfg.prefix, cfg.suffix), rows[:, cfg.prefix :]
+        mia = {s: v.cpu() for s, v in mia_scores(model, rows, texts).items()}
+        for s, v in mia.items():
+            scores.setdefault((s, member), []).append(v)
+        run = (_overlap(gen, ref, contiguous=True) / cfg.suffix).mean().item()
+        shown.append([name[-40:], "member?" if member else "non-member", str(n), exact_match(gen, ref),
+                      token_accuracy(gen, ref), rouge_l(gen, ref).mean().item(), run,
+                      f"{first_divergence(gen, ref).float().mean():.1f}", *(v.mean().item() for v in mia.values())])  # fmt: skip
+    head = ["file", "given as", "rows", "exact match", "token acc.", "RougeL", "longest run", "first divergence"]
+    head += ["MIA loss", "zlib", "min-k"]
+    w.print(report.table(head, shown))
+    result = {"rows": [dict(zip(head, r, strict=True)) for r in shown], "model": cfg.model}
+    if any(not m for _, m in scores):
+        result["auc"] = {s: auc(torch.cat(scores[s, True]), torch.cat(scores[s, False])) for s, m in scores if m}
+        w.print("AUC of member? against non-member: " + ", ".join(f"{s} {a:.3f}" for s, a in result["auc"].items()))
+    else:
+        w.print("membership scores are relative: give --nonmembers FILE for an AUC")
+    if w.main:
+        report.write_json(f"{cfg.out}/audit.json", result)
+
+
+def bench(cfg: Config, w: cluster.World) -> None:
+    """The head, forward and backward, against PyTorch's own: time, memory, and the floor beside them."""
+    cuda = w.device.type == "cuda"
+    N, D, V, dtype = (16384, 2048, 128256, torch.bfloat16) if cuda else (4096, 256, 32768, torch.float32)
+    k, g = cfg.k or 4, cluster.generator(cfg.seed)
+    hidden = torch.randn(N, D, generator=g).to(w.device, dtype).requires_grad_()
+    weight = (torch.randn(V, D, generator=g) / math.sqrt(D)).to(w.device, dtype).requires_grad_()
+    targets = torch.randint(1, V, (N // 1024, 1024), generator=g).to(w.device)
+    flat, rows = targets.flatten(), hidden.view(N // 1024, 1024, D)
+    speed_bytes, speed_flop = report.ceilings(w.device, dtype)
+    kept = int((~goldfish_mask(targets, k)).sum()) / N
+
+    def show(title: str, cases: dict, floors: dict) -> None:
+        def step(fn):
+            hidden.grad = weight.grad = None
+            fn().backward()
+
+        cases = {n: functools.partial(step, fn) for n, fn in cases.items()}
+        times, base = report.timed(cases, w.device, repeats=7), next(iter(cases))
+        peaks = {n: report.peak_bytes(fn, w.device) for n, fn in cases.items()}
+        lines = [
+            [n, f"{t * 1e3:.1f} ± {s * 1e3:.1f}", f"{t / times[base][0]:.2f}", f"{peaks[n] / 2**20:.0f}",
+             f"{peaks[n] / peaks[base]:.2f}", f"{floors[n] * 1e3:.1f}" if n in floors else "-"]
+            for n, (t, s) in times.items()
+        ]  # fmt: skip
+        w.print(f"\n{title}\n" + report.table(["case", "ms", "ratio", "peak MiB", "ratio", "floor ms"], lines))
+        found[title] = {"seconds": times, "peak_bytes": peaks, "floor_seconds": floors}
+
+    found = {"N": N, "D": D, "V": V, "dtype": str(dtype), "k": k, "device": report.device_name(w.device)}
+    w.print(
+        f"{found['device']}, {dtype}, N={N} D={D} V={V} k={k}; {speed_bytes / 1e9:.0f} GB/s, {speed_flop / 1e12:.2f} TFLOP/s"
+    )
+    gemm = 6 * N * D * V / speed_flop
+    show("head and loss, forward + backward",
+         {"F.linear + F.cross_entropy, all rows": lambda: F.cross_entropy(F.linear(hidden, weight), flat),
+          "F.linear + F.cross_entropy, masked": lambda: F.cross_entropy(F.linear(hidden, weight), goldfish_targets(targets, k).flatten()),
+          f"goldfish_linear_loss k={k}": lambda: goldfish_linear_loss(rows, weight, targets, k),
+          "goldfish_linear_loss k=None": lambda: goldfish_linear_loss(rows, weight, targets, None)},
+         {"F.linear + F.cross_entropy, all rows": gemm, "F.linear + F.cross_entropy, masked": gemm,
+          f"goldfish_linear_loss k={k}": kept * gemm, "goldfish_linear_loss k=None": gemm})  # fmt: skip
+    logits = F.linear(hidden, weight).detach().view(N // 1024, 1024, V)
+    fresh = lambda: logits.detach().requires_grad_()
+    size = N * V * logits.element_size()
+    show("loss alone on given logits, forward + backward",
+         {"mask + F.cross_entropy": lambda: F.cross_entropy(fresh().view(N, V), goldfish_targets(targets, k).flatten()),
+          "mask + F.cross_entropy in fp32": lambda: F.cross_entropy(fresh().view(N, V).float(), goldfish_targets(targets, k).flatten()),
+          f"goldfish_loss k={k}": lambda: goldfish_loss(fresh(), targets, k)},
+         {f"goldfish_loss k={k}": (4 * kept + 2 * (1 - kept)) / 2 * size / speed_bytes})  # fmt: skip
+    if w.main:
+        report.write_json(f"{cfg.out}/bench.json", found)
+
+
+def main(cfg: Config) -> None:
+    with cluster.world(cfg.device) as w:
+        if cfg.mode == "demo":
+            demo(cfg, w)
+        elif cfg.mode == "train":
+            train_mode(cfg, w)
+        elif cfg.mode == "audit" and cfg.model != "smollm2" and Path(cfg.model, "checkpoint.pt").exists():
+            audit_run(cfg, w)
+        elif cfg.mode == "audit":
+            audit_real(cfg, w)
+        else:
+            bench(cfg, w)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, PRESETS)
