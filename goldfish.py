@@ -85,7 +85,7 @@ class Config:
     supervised_tokens: float = opt(0.0, "stop after so many supervised targets instead of --steps; 0 is off")
     batch: int = opt(16, "rows per step, over all processes and micro-steps")
     accum: int = opt(1, "micro-steps per step")
-    lr: float = opt(3e-3, "peak learning rate of AdamW; cosine to a tenth")
+    lr: float = opt(2e-3, "peak learning rate of AdamW; cosine to a tenth")
     warmup: int = opt(30, "steps of linear warm-up")
     seed: int = opt(0, "seed of the split, the weights and the data order")
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
@@ -592,6 +592,12 @@ def _overlap(a, b, contiguous: bool) -> Tensor:
     return longest
 
 
+def longest_run(gen, ref) -> Tensor:
+    """Longest common contiguous run over n (LCCS): (B, n) -> (B,)."""
+    gen, ref = _pair(gen, ref)
+    return _overlap(gen, ref, contiguous=True) / ref.shape[1]
+
+
 def rouge_l(a, b):
     """RougeL F of token ids: 2 LCS / (n + m). (n,), (m,) -> float; (B, n), (B, m) -> (B,)."""
     x, y = _pair(a, b)
@@ -656,87 +662,100 @@ def tpr_at_fpr(pos, neg, fpr: float) -> float:
 # ---- the model
 
 
-class Block(nn.Module):
-    """Pre-norm attention and MLP."""
+class Attention(nn.Module):
+    """Causal attention with rotary positions and H query heads over Hk key/value heads."""
 
-    def __init__(self, d_model: int, n_head: int):
+    def __init__(self, c: dict):
         super().__init__()
-        self.n_head = n_head
-        self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
-        self.qkv, self.out = nn.Linear(d_model, 3 * d_model), nn.Linear(d_model, d_model)
-        self.up, self.down = nn.Linear(d_model, 4 * d_model), nn.Linear(4 * d_model, d_model)
+        C, self.H, self.Hk = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"]
+        D = c.get("head_dim") or C // self.H
+        self.q_proj, self.o_proj = nn.Linear(C, self.H * D, bias=False), nn.Linear(self.H * D, C, bias=False)
+        self.k_proj, self.v_proj = nn.Linear(C, self.Hk * D, bias=False), nn.Linear(C, self.Hk * D, bias=False)
 
-    def forward(self, x: Tensor, cache: dict | None, layer: int) -> Tensor:
-        q, k, v = rearrange(self.qkv(self.norm1(x)), "b t (three h d) -> three b h t d", three=3, h=self.n_head)
+    def forward(self, x: Tensor, angle: Tensor, cache: dict | None, layer: int) -> Tensor:
+        q = rotate(rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.H), angle)  # (B, H, T, D)
+        k = rotate(rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.Hk), angle)  # (B, Hk, T, D)
+        v = rearrange(self.v_proj(x), "b t (h d) -> b h t d", h=self.Hk)  # (B, Hk, T, D)
         if cache is not None:
             if layer in cache:
-                k, v = torch.cat([cache[layer][0], k], dim=2), torch.cat([cache[layer][1], v], dim=2)  # (B, H, S, D)
+                k, v = torch.cat([cache[layer][0], k], dim=2), torch.cat([cache[layer][1], v], dim=2)  # (B, Hk, S, D)
             cache[layer] = (k, v)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)  # (B, H, T, D)
-        x = x + self.out(rearrange(y, "b h t d -> b t (h d)"))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1, enable_gqa=self.H != self.Hk)
+        return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, c: dict):
+        super().__init__()
+        C, M = c["hidden_size"], c["intermediate_size"]
+        self.gate_proj, self.up_proj = nn.Linear(C, M, bias=False), nn.Linear(C, M, bias=False)
+        self.down_proj = nn.Linear(M, C, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c: dict):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.input_layernorm = nn.RMSNorm(c["hidden_size"], c["rms_norm_eps"])
+        self.post_attention_layernorm = nn.RMSNorm(c["hidden_size"], c["rms_norm_eps"])
+
+    def forward(self, x: Tensor, angle: Tensor, cache: dict | None, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angle, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class GPT(nn.Module):
-    """forward(ids (B, T)) -> logits (B, T, V), or the final hidden states (B, T, C). The head is the embedding."""
+    """A Llama-style language model under Hugging Face's config keys and names, so real weights load as they are.
+
+    forward(ids (B, T)) -> logits (B, T, V), or with hidden=True the final states (B, T, C). `cache`: a dict that starts
+    as {}, takes a prompt, then one token a call.
+    """
 
     uses_cache = True
 
-    def __init__(self, cfg: Config):
+    def __init__(self, config: dict, seed: int = 0):
         super().__init__()
-        self.tok, self.pos = nn.Embedding(cfg.vocab, cfg.d_model), nn.Embedding(cfg.block, cfg.d_model)
-        self.blocks = nn.ModuleList(Block(cfg.d_model, cfg.n_head) for _ in range(cfg.n_layer))
-        self.norm = nn.LayerNorm(cfg.d_model)
-        g = cluster.generator(cfg.seed, 0)
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
+        self.model.layers = nn.ModuleList(Layer(config) for _ in range(config["num_hidden_layers"]))
+        self.model.norm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
+        if not config["tie_word_embeddings"]:
+            self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
+        self.register_buffer("freq", rope_frequencies(config), persistent=False)
+        g = cluster.generator(seed, 0)
         for name, p in self.named_parameters():
             if p.ndim > 1:
-                last = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * cfg.n_layer) if last else 0.02, generator=g)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+                last = name.endswith(("o_proj.weight", "down_proj.weight"))  # they add to the residual stream
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * len(self.model.layers)) if last else 0.02, generator=g)
+
+    @property
+    def head(self) -> Tensor:
+        """Output weights (V, C)."""
+        return self.lm_head.weight if hasattr(self, "lm_head") else self.model.embed_tokens.weight
 
     def forward(self, ids: Tensor, cache: dict | None = None, hidden: bool = False) -> Tensor:
-        past = cache[0][0].shape[2] if cache else 0  # a cache is a dict that the call fills; it starts as {}
-        x = self.tok(ids) + self.pos.weight[past : past + ids.shape[1]]  # (B, T, C)
-        for i, block in enumerate(self.blocks):
-            x = block(x, cache, i)
-        x = self.norm(x)
-        return x if hidden else F.linear(x, self.tok.weight)
+        past = cache[0][0].shape[2] if cache else 0
+        where = torch.arange(past, past + ids.shape[1], device=ids.device)
+        angle = torch.outer(where.float(), self.freq)  # (T, D/2)
+        x = self.model.embed_tokens(ids)  # (B, T, C)
+        for i, layer in enumerate(self.model.layers):
+            x = layer(x, angle, cache, i)
+        x = self.model.norm(x)
+        return x if hidden else F.linear(x, self.head)
 
 
-class Llama:
-    """A real checkpoint behind the same call: Llama(state dict, config)(ids (B, T)) -> logits (B, T, V). No biases."""
-
-    uses_cache = True
-
-    def __init__(self, w: dict[str, Tensor], config: dict):
-        self.w, self.config = w, config
-        self.freq = rope_frequencies(config).to(w["model.norm.weight"].device)
-
-    def __call__(self, ids: Tensor, cache: dict | None = None) -> Tensor:
-        c, w = self.config, self.w
-        norm = lambda x, name: F.rms_norm(x, x.shape[-1:], w[name + ".weight"], c["rms_norm_eps"])
-        mul = lambda x, name: F.linear(x, w[name + "_proj.weight"])
-        past, T = cache[0][0].shape[2] if cache else 0, ids.shape[1]
-        angle = torch.outer(torch.arange(past, past + T, device=ids.device).float(), self.freq)  # (T, D/2)
-        seen = torch.ones(T, past + T, dtype=torch.bool, device=ids.device).tril(past)  # (T, S)
-        x = w["model.embed_tokens.weight"][ids]  # (B, T, C)
-        for i in range(c["num_hidden_layers"]):
-            at, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
-            y = norm(x, f"model.layers.{i}.input_layernorm")
-            q = rearrange(mul(y, at + "q"), "b t (h d) -> b h t d", h=c["num_attention_heads"])  # (B, H, T, D)
-            k = rearrange(mul(y, at + "k"), "b t (h d) -> b h t d", h=c["num_key_value_heads"])  # (B, Hk, T, D)
-            v = rearrange(mul(y, at + "v"), "b t (h d) -> b h t d", h=c["num_key_value_heads"])
-            q, k = rotate(q, angle), rotate(k, angle)
-            if cache is not None:
-                if i in cache:
-                    k, v = torch.cat([cache[i][0], k], dim=2), torch.cat([cache[i][1], v], dim=2)  # (B, Hk, S, D)
-                cache[i] = (k, v)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True)  # (B, H, T, D)
-            x = x + mul(rearrange(y, "b h t d -> b t (h d)"), at + "o")
-            y = norm(x, f"model.layers.{i}.post_attention_layernorm")
-            x = x + mul(F.silu(mul(y, mlp + "gate")) * mul(y, mlp + "up"), mlp + "down")
-        return F.linear(norm(x, "model.norm"), w.get("lm_head.weight", w["model.embed_tokens.weight"]))
+def small_config(cfg: Config) -> dict:
+    """The Hugging Face config of the model that is trained here."""
+    return {
+        "vocab_size": cfg.vocab, "hidden_size": cfg.d_model, "intermediate_size": 8 * round(cfg.d_model / 3),
+        "num_hidden_layers": cfg.n_layer, "num_attention_heads": cfg.n_head, "num_key_value_heads": cfg.n_head,
+        "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": True,
+    }  # fmt: skip
 
 
 # ---- the experiment: text with canaries
@@ -749,9 +768,9 @@ class Text:
 
     def __init__(self, cfg: Config):
         text = corpus(cfg.data)
-        self.cfg, self.tokenizer = cfg, Tokenizer.train(text, cfg.vocab)
-        ids = self.tokenizer.encode(text)
-        self.crc, width = zlib.crc32(ids.numpy().tobytes()), cfg.block + 1
+        self.seed, self.tokenizer = cfg.seed, Tokenizer.train(text, cfg.vocab)
+        ids, width = self.tokenizer.encode(text), cfg.block + 1
+        self.crc = zlib.crc32(ids.numpy().tobytes())
         n, held = len(ids) // width, 2 * cfg.canaries + VALIDATION
         if n < cfg.canaries:
             raise BadInput(
@@ -759,41 +778,38 @@ class Text:
             )
         if n < held + cfg.batch:
             raise BadInput(
-                f"the text is too small: {len(ids)} tokens, but {cfg.canaries} canaries, as many non-members, {VALIDATION} "
-                f"validation rows and one batch of {cfg.batch} need {(held + cfg.batch) * width}. Give more --data."
+                f"the text is too small: it has {len(ids)} tokens; {cfg.canaries} canaries, as many non-members, "
+                f"{VALIDATION} validation rows and a batch of {cfg.batch} need {(held + cfg.batch) * width}. Add --data."
             )
         rows = ids[: n * width].reshape(n, width)[torch.randperm(n, generator=cluster.generator(cfg.seed, 1))]
         parts = rows.split([cfg.canaries, cfg.canaries, VALIDATION, n - held])
         self.canary, self.nonmember, self.validation, self.background = parts  # (rows, block + 1) each
-        self.slots = round(cfg.batch * cfg.canary_share) if cfg.canaries else 0  # canaries in a batch
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019  as long-lived as the run
+    @functools.lru_cache(maxsize=4)  # noqa: B019  it lives as long as the run
     def _order(self, n: int, epoch: int) -> Tensor:
-        return torch.randperm(n, generator=cluster.generator(self.cfg.seed, 2, n, epoch))
+        return torch.randperm(n, generator=cluster.generator(self.seed, 2, n, epoch))
 
     def _next(self, rows: Tensor, first: int, count: int) -> Tensor:
         """Items first .. first + count - 1 of an endless stream of reshuffled epochs over `rows`."""
         n = len(rows)
-        return torch.stack([rows[self._order(n, i // n)[i % n]] for i in range(first, first + count)])
+        return rows[[int(self._order(n, i // n)[i % n]) for i in range(first, first + count)]]
 
-    def batch(self, step: int) -> Tensor:
+    def batch(self, cfg: Config, step: int) -> Tensor:
         """The rows of a step, (batch, block + 1): the same on every rank, a function of the seed and the step alone."""
-        cfg, g = self.cfg, cluster.generator(self.cfg.seed, 3, step)
-        if cfg.control or not self.slots:
-            return self._next(self.background, step * cfg.batch, cfg.batch)
-        shown = self._next(self.canary, step * self.slots, self.slots)
+        g = cluster.generator(cfg.seed, 3, step)
+        slots = 0 if cfg.control or not cfg.canaries else round(cfg.batch * cfg.canary_share)  # rows for canaries
+        fresh = cfg.batch - slots
+        shown = self._next(self.canary, step * slots, slots)
         if cfg.rechunk:  # cut the canary at a random place: other text before or after it
-            filler = self.background[torch.randint(len(self.background), (2, self.slots), generator=g)]
+            filler = self.background[torch.randint(len(self.background), (2, slots), generator=g)]
             around = torch.cat([filler[0], shown, filler[1]], dim=1)  # (slots, 3 (block + 1))
-            first = torch.randint(-cfg.suffix, cfg.suffix + 1, (self.slots, 1), generator=g) + cfg.block + 1
+            first = torch.randint(-cfg.suffix, cfg.suffix + 1, (slots, 1), generator=g) + cfg.block + 1
             shown = around.gather(1, first + torch.arange(cfg.block + 1))
         if cfg.noise:
             hit = torch.rand(shown.shape, generator=g) < cfg.noise
             other = self.background.flatten()
-            other = other[torch.randint(len(other), shown.shape, generator=g)]
-            shown = torch.where(hit, other, shown)
-        fresh = cfg.batch - self.slots
-        rows = torch.cat([shown, self._next(self.background, step * fresh, fresh)]) if fresh else shown
+            shown = torch.where(hit, other[torch.randint(len(other), shown.shape, generator=g)], shown)
+        rows = torch.cat([shown, self._next(self.background, step * fresh, fresh)])
         return rows[torch.randperm(cfg.batch, generator=g)]
 
 
@@ -803,12 +819,7 @@ def mask_of(cfg: Config, rows: Tensor, *salt: int) -> Tensor:
     return goldfish_mask(rows[:, 1:], cfg.k or None, cfg.h, cfg.strategy, window=cfg.window, generator=g)
 
 
-def learning_rate(cfg: Config, step: int, done: float) -> float:
-    """Linear warm-up, then cosine to a tenth; done: part of the run behind us, 0..1."""
-    return cfg.lr * min(1.0, (step + 1) / max(1, cfg.warmup)) * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
-
-
-# fields that change the numbers of a run; a checkpoint goes on only under the same ones
+# settings that change the numbers of a run; a checkpoint goes on only under the same ones
 FIXED = (
     "k", "h", "strategy", "window", "normalizer", "seed", "vocab", "block", "canaries", "canary_share", "control",
     "noise", "rechunk", "d_model", "n_layer", "n_head", "batch", "lr", "warmup", "supervised_tokens", "dtype",
@@ -816,242 +827,231 @@ FIXED = (
 
 
 def check_resume(state: dict, cfg: Config, text: Text) -> None:
-    """BadInput: the checkpoint was trained with another setting, text or table of uniforms."""
+    """BadInput: the checkpoint was trained with another setting or text."""
     for name in FIXED:
-        was, now = state["setting"][name], getattr(cfg, name)
+        was, now, flag = state["setting"][name], getattr(cfg, name), "--" + name.replace("_", "-")
         if was != now:
-            flag = "--" + name.replace("_", "-")
             raise BadInput(
-                f"the checkpoint was trained with {flag} {was}, this run asks for {flag} {now}; going on would train the "
-                f"targets that were dropped so far. Pass {flag} {was}, or start anew with another --out."
+                f"the checkpoint was trained with {flag} {was}, this run asks for {flag} {now}. Going on would teach what "
+                f"was left out so far. Pass {flag} {was} to resume, or another --out to start anew."
             )
     if state["crc"] != text.crc:
         raise BadInput("the checkpoint was trained on another text. Pass the same --data, or another --out.")
 
 
-def train(
-    cfg: Config, text: Text, w: cluster.World, run: report.Run, what: str = "train", path=None, state=None
-) -> GPT:
-    """Train one model; `path`: where checkpoints go (none without), `state`: the checkpoint to go on from."""
-    S = w.size * cfg.accum  # shards of a batch
-    if cfg.batch % S:
-        raise BadInput(f"--batch {cfg.batch} does not divide over {w.size} processes x --accum {cfg.accum}")
-    model = GPT(cfg).to(w.device)
-    decay = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95))
-    first, supervised = 0, torch.zeros((), dtype=torch.long, device=w.device)
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, supervised = state["step"], supervised + state["supervised"]
-    ddp = DistributedDataParallel(model)
-    goal = cfg.supervised_tokens
-    amp = torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16")
+class Trainer:
+    """One run: model, AdamW, and a step whose loss is normalised by the supervised targets of all ranks and micro-steps."""
 
-    def summed(out: Tensor, targets: Tensor) -> Tensor:  # over the supervised targets
-        if cfg.loss == "linear":
-            return goldfish_linear_loss(out, model.tok.weight, targets, k=None, reduction="sum")
+    def __init__(self, cfg: Config, text: Text, w: cluster.World, state: dict | None = None):
+        self.cfg, self.text, self.w = cfg, text, w
+        self.shards = w.size * cfg.accum
+        if cfg.batch % self.shards:
+            raise BadInput(f"--batch {cfg.batch} does not divide over {w.size} processes x --accum {cfg.accum}")
+        self.model = GPT(small_config(cfg), cfg.seed).to(w.device)
+        decay, rest = ([p for p in self.model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
+        groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95))
+        self.step, self.supervised = 0, torch.zeros((), dtype=torch.long, device=w.device)
+        if state:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.supervised = state["step"], self.supervised + state["supervised"]
+        self.ddp = DistributedDataParallel(self.model)
+
+    def state(self) -> dict:
+        setting = {name: getattr(self.cfg, name) for name in FIXED} | {"data": list(self.cfg.data)}
+        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        return {**parts, "supervised": int(self.supervised), "setting": setting, "crc": self.text.crc}
+
+    def done(self) -> float:
+        """Part of the run behind us, 0..1."""
+        goal = self.cfg.supervised_tokens
+        return float(self.supervised) / goal if goal else self.step / self.cfg.steps
+
+    def summed(self, out: Tensor, targets: Tensor) -> Tensor:
+        """Loss summed over the targets that are not -100."""
+        if self.cfg.loss == "linear":
+            return goldfish_linear_loss(out, self.model.head, targets, k=None, reduction="sum")
         return goldfish_loss(out, targets, k=None, reduction="sum")
 
-    def checkpoint(step: int) -> None:
-        if path and w.main:
-            setting = {name: getattr(cfg, name) for name in FIXED} | {"data": list(cfg.data)}
-            parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            cluster.save(path, {**parts, "supervised": int(supervised), "setting": setting, "crc": text.crc})
+    def advance(self, log: bool) -> dict:
+        """One optimizer step. With `log`, its losses over supervised, all and dropped targets (a collective more)."""
+        cfg, w, done = self.cfg, self.w, self.done()
+        rows, mine = self.text.batch(cfg, self.step), range(w.rank, self.shards, w.size)
+        micro = [rows[s :: self.shards].to(w.device) for s in mine]  # accum x (batch / shards, block + 1)
+        masks = [mask_of(cfg, r, self.step, s) for r, s in zip(micro, mine, strict=True)]
+        count = cluster.total(torch.stack([(~m).sum() for m in masks]).sum())  # |G|, before the first backward
+        sums = torch.zeros(2, dtype=torch.float64, device=w.device)
+        for i, (r, drop) in enumerate(zip(micro, masks, strict=True)):
+            self.ddp.require_backward_grad_sync = i == len(micro) - 1
+            with torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+                out = self.ddp(r[:, :-1], hidden=cfg.loss == "linear")  # (batch / shards, T, V or C)
+                kept = self.summed(out, r[:, 1:].masked_fill(drop, -100))
+                if log:
+                    with torch.no_grad():
+                        sums += torch.stack([kept.detach(), self.summed(out, r[:, 1:])]).double()
+            n = count.clamp(min=1) / w.size if cfg.normalizer == "global" else (~drop).sum().clamp(min=1) * cfg.accum
+            (kept / n).backward()  # DDP averages over the ranks
+        lr = cfg.lr * min(1, (self.step + 1) / max(1, cfg.warmup)) * (0.55 + 0.45 * math.cos(math.pi * done))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.supervised = self.step + 1, self.supervised + count
+        if not log:
+            return {}
+        (kept, every), n, n_all = cluster.total(sums).tolist(), int(count), cfg.batch * cfg.block
+        gap = {"loss_dropped": (every - kept) / (n_all - n)} if n_all > n else {}
+        seen = {"supervised": int(self.supervised), "tokens": self.step * n_all, "lr": lr, "grad_norm": float(norm)}
+        return {"loss": kept / max(1, n), "loss_all": every / n_all, **gap, **seen}
 
-    with cluster.stop_signal(w.device) as stopping:
-        steps = itertools.count(first) if goal else range(first, cfg.steps)
-        bar = report.progress(steps, what, w, None if goal else cfg.steps, first)
-        for step in bar:
-            done = float(supervised) / goal if goal else step / cfg.steps
-            if done >= 1:
-                break
-            rows = text.batch(step)
-            mine = [rows[s::S].to(w.device) for s in range(w.rank, S, w.size)]  # accum x (batch / S, block + 1)
-            masks = [mask_of(cfg, r, step, s) for r, s in zip(mine, range(w.rank, S, w.size), strict=True)]
-            count = cluster.total(torch.stack([(~m).sum() for m in masks]).sum())  # |G| of the whole step
-            supervised += count
-            log = (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps
-            sums = torch.zeros(2, dtype=torch.float64, device=w.device)  # supervised loss, loss over all targets
-            for i, (r, drop) in enumerate(zip(mine, masks, strict=True)):
-                ddp.require_backward_grad_sync = i == len(mine) - 1
-                with amp:
-                    out = ddp(r[:, :-1], hidden=cfg.loss == "linear")  # (batch / S, T, V) or (batch / S, T, C)
-                    kept = summed(out, r[:, 1:].masked_fill(drop, -100))
-                    if log:
-                        with torch.no_grad():
-                            sums += torch.stack([kept.detach(), summed(out, r[:, 1:])]).double()
-                n = count / w.size if cfg.normalizer == "global" else (~drop).sum().clamp(min=1) * cfg.accum
-                (kept / n).backward()  # DDP averages over the ranks
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, step, done)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if log:
-                kept, every = cluster.total(sums).tolist()
-                n, n_all = int(count), cfg.batch * cfg.block
-                gap = {"loss_dropped": (every - kept) / (n_all - n)} if n_all > n else {}
-                seen = {"supervised": int(supervised), "tokens": (step + 1) * n_all}
-                losses = {"loss": kept / max(1, n), "loss_all": every / n_all, **gap}
-                run.log(run=what, step=step + 1, **losses, grad_norm=norm, lr=learning_rate(cfg, step, done), **seen)
-                bar.set_postfix_str(f"loss {losses['loss']:.3f}")
-            if cfg.save_every and (step + 1) % cfg.save_every == 0:
-                checkpoint(step + 1)
-            if path and stopping():
-                checkpoint(step + 1)
-                w.print(f"stopped by SIGTERM after step {step + 1}; go on with --resume")
-                raise SystemExit(0)
-    checkpoint(cfg.steps if not goal else step)
-    model.supervised = int(supervised)
-    return model
+    def run(self, log: report.Run, what: str, path: str = "") -> "Trainer":
+        """Train to the end, logging as `what`; checkpoints go to `path` if given, also when SIGTERM asks to stop."""
+        cfg, saved = self.cfg, -1
+        bar = report.progress(None, what, self.w, None if cfg.supervised_tokens else cfg.steps, self.step)
+        with cluster.stop_signal(self.w.device) as stopping, bar:
+            while self.done() < 1:
+                due = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.steps
+                if line := self.advance(due):
+                    log.log(run=what, step=self.step, **line)
+                    bar.set_postfix_str(f"loss {line['loss']:.3f}")
+                bar.update()
+                stop = bool(path) and stopping()
+                if path and (stop or (cfg.save_every and self.step % cfg.save_every == 0)):
+                    saved = self.step
+                    if self.w.main:
+                        cluster.save(path, self.state())
+                if stop:
+                    self.w.print(f"stopped by SIGTERM after step {self.step}; go on with --resume")
+                    raise SystemExit(0)
+        if path and saved != self.step and self.w.main:
+            cluster.save(path, self.state())
+        return self
 
 
 @torch.no_grad()
 def audit(cfg: Config, text: Text, model) -> dict:
-    """Everything the table shows, measured on the canaries, non-members and validation rows. The model is in eval use."""
-    device = next(model.parameters()).device
+    """All that the table shows, measured on the canaries, the non-members and the validation rows."""
+    device, n_p, n_s = next(model.parameters()).device, cfg.prefix, cfg.suffix
     canary, other, held = (r.to(device) for r in (text.canary, text.nonmember, text.validation))
     loss = torch.stack([goldfish_loss(model(r[:, :-1]), r[:, 1:], k=None) for r in held.split(16)]).mean().item()
     if not cfg.canaries:
-        return {"val_loss": loss}
-    n_p, n_s = cfg.prefix, cfg.suffix
+        return {"val_loss": loss}  # of all targets: validation never uses the mask
     gen, ref = extract(model, canary, n_p, n_s), canary[:, n_p : n_p + n_s]  # (canaries, n_s)
-    t = first_divergence(gen, ref)  # (canaries,)
+    t, drop = first_divergence(gen, ref), mask_of(cfg, canary)  # (canaries,), (canaries, block)
     wrong = t < n_s
-    drop = mask_of(cfg, canary)  # generated token j is target n_p + j - 1
-    at_dropped = drop[wrong, n_p + t[wrong] - 1].float().mean().item() if cfg.k and wrong.any() else math.nan
+    at_dropped = drop[wrong, n_p + t[wrong] - 1]  # generated token j is target n_p + j - 1
     member, stranger = mia_scores(model, canary), mia_scores(model, other)
     return {
         "exact": exact_match(gen, ref), "accuracy": token_accuracy(gen, ref),
-        "rouge_l": rouge_l(gen, ref).mean().item(),
-        "longest_run": (_overlap(gen, ref, contiguous=True) / n_s).mean().item(),
-        "divergence": t.float().mean().item(), "at_dropped": at_dropped, "val_loss": loss,
+        "rouge_l": rouge_l(gen, ref).mean().item(), "longest_run": longest_run(gen, ref).mean().item(),
+        "divergence": t.float().mean().item(), "val_loss": loss,
+        "at_dropped": at_dropped.float().mean().item() if cfg.k and wrong.any() else None,
         "survival": [(t >= n).float().mean().item() for n in range(n_s + 1)],
         **{f"auc_{s}": auc(member[s], stranger[s]) for s in member},
-        "tpr_at_1%_fpr": tpr_at_fpr(member["loss"], stranger["loss"], 0.01),
-        "generated": gen.tolist(),
+        "tpr_at_1%_fpr": tpr_at_fpr(member["loss"], stranger["loss"], 0.01), "generated": gen.tolist(),
     }  # fmt: skip
 
 
+# ---- demo: the claim
+
 ALIASES = {
-    "ordinary": "k=0",
-    "control": "k=0,control=1",
-    "random": "k=4,strategy=random",
-    "near-duplicates": "k=4,noise=0.05",
-}
+    "ordinary": "k=0", "control": "k=0,control=1", "random": "k=4,strategy=random", "near-duplicates": "k=4,noise=0.05",
+}  # fmt: skip
 
 
 def row_config(cfg: Config, spec: str) -> Config:
     """The settings of one demo row: an alias, or FIELD=VALUE,... over the command line's. BadInput: no such field."""
-    known, changed = {f.name: type(f.default) for f in fields(Config)}, {}
-    for item in ALIASES.get(spec, spec).split(","):
-        name, _, value = item.partition("=")
-        name = name.strip().replace("-", "_")
-        if name not in known or not value:
-            raise BadInput(
-                f"--runs {spec}: {item!r} is not FIELD=VALUE. Rows are {', '.join(ALIASES)} or such as k=4,h=7."
-            )
-        try:
-            changed[name] = bool(int(value)) if known[name] is bool else known[name](value)
-        except ValueError as e:
-            raise BadInput(f"--runs {spec}: {value!r} is not a value for {name}") from e
+    kind, changed = {f.name: type(f.default) for f in fields(Config)}, {}
     try:
+        for item in ALIASES.get(spec, spec).split(","):
+            name, value = item.replace("-", "_").split("=", 1)
+            changed[name] = bool(int(value)) if kind[name] is bool else kind[name](value)
         return replace(cfg, **changed)
-    except ValueError as e:
-        raise BadInput(f"--runs {spec}: {e}") from e
+    except (ValueError, KeyError) as e:
+        raise BadInput(f"--runs {spec}: {e}. A row is one of {', '.join(ALIASES)}, or such as k=4,h=7.") from e
 
 
-def demo(cfg: Config, w: cluster.World) -> bool:
+def demo(cfg: Config, w: cluster.World) -> None:
     """Train a model per row of --runs, audit each, print the table, the lessons, the picture and the claim."""
-    # Two micro-batches of half a batch, on one process or on two: the same sums in the same order.
-    cfg = replace(cfg, accum=max(cfg.accum, 2 // w.size))
+    cfg = replace(cfg, accum=max(cfg.accum, 2 // w.size))  # two half batches on one process or two: the same sums
     configs = {spec: row_config(cfg, spec) for spec in cfg.runs}
-    run, text, found = report.Run(cfg.out, cfg, w), Text(cfg), {}
+    run, text, found, shown = report.Run(cfg.out, cfg, w), Text(cfg), {}, []
     for spec, c in configs.items():
         start = time.perf_counter()
-        model = train(c, text, w, run, spec)
-        found[spec] = audit(c, text, model) | {"supervised": model.supervised, "seconds": time.perf_counter() - start}
-        run.log(audit=spec, **found[spec])
-        w.print(f"{spec}: exact match {found[spec]['exact']:.3f}, {found[spec]['seconds']:.1f} s")
-    shown = [
-        [spec, f"{f['supervised'] / 1e3:.0f}k", f["exact"], f["accuracy"], f["rouge_l"], f"{f['divergence']:.1f}",
-         "-" if math.isnan(f["at_dropped"]) else f"{f['at_dropped']:.0%}", f["val_loss"], f["auc_loss"],
-         f"{f['seconds']:.1f}"]
-        for spec, f in found.items()
-    ]  # fmt: skip
+        trained = Trainer(c, text, w).run(run, spec)
+        f = found[spec] = audit(c, text, trained.model) | {"supervised": int(trained.supervised)}
+        f["seconds"] = time.perf_counter() - start
+        run.log(audit=spec, **f)
+        at_dropped = "-" if f["at_dropped"] is None else f"{f['at_dropped']:.0%}"
+        shown.append([spec, f"{f['supervised'] / 1e3:.0f}k", f["exact"], f["accuracy"], f["rouge_l"],
+                      f"{f['divergence']:.1f}", at_dropped, f["val_loss"], f["auc_loss"], f"{f['seconds']:.1f}"])  # fmt: skip
+        w.print(f"{spec}: recites {f['exact']:.2f} of the canaries ({f['seconds']:.0f} s)")
     head = ["run", "supervised", "exact match", "token acc.", "RougeL", "first divergence", "at dropped", "val loss"]
     w.print("\n" + report.table([*head, "MIA AUC", "seconds"], shown) + "\n")
     if "random" in found:
         w.print(
-            f"lesson: a mask drawn afresh at each showing protects nothing ({found['random']['exact']:.2f} recited)."
+            f"lesson: a mask drawn afresh at each showing protects nothing ({found['random']['exact']:.2f} recited)"
         )
     if "near-duplicates" in found:
-        w.print(
-            f"lesson: near-duplicates defeat the hash ({found['near-duplicates']['exact']:.2f} recited with 5 % noise)."
-        )
+        w.print(f"lesson: nor does the hash, against copies with 5 % noise ({found['near-duplicates']['exact']:.2f})")
     if w.main and {"ordinary", "k=4"} <= set(found):
-        w.print(report.picture(f"{cfg.out}/goldfish.png", functools.partial(draw, cfg, text, found), **FIGURE))
+        layout = {"ncols": 2, "figsize": (15, 5), "gridspec_kw": {"width_ratios": [1, 2]}}
+        w.print(report.picture(f"{cfg.out}/goldfish.png", functools.partial(draw, cfg, text, found), **layout))
     if not {"ordinary", "k=4", "k=3"} <= set(found):
-        w.print("no claim: it needs the rows ordinary, k=4 and k=3")
-        return True
-    plain, masked = found["ordinary"], [found["k=4"], found["k=3"]]
+        return w.print("no claim: it needs the rows ordinary, k=4 and k=3")
+    plain, *masked = (found[s] for s in ("ordinary", "k=4", "k=3"))
     gap = max(abs(f["val_loss"] - plain["val_loss"]) for f in masked)
-    off = min(f["at_dropped"] for s, f in found.items() if s in ("k=8", "k=4", "k=3"))
-    return run.claim(
-        "goldfish loss stops verbatim recall (exact match) and keeps validation loss",
+    hits = [found[s]["at_dropped"] for s in ("k=8", "k=4", "k=3") if s in found]
+    off = min(1.0 if h is None else h for h in hits)
+    run.claim(
+        "goldfish loss stops verbatim recall and keeps validation loss",
         "84 of 100 articles recited after ordinary training, 0 of 100 with k=4 (LLaMA-2-7B)",
-        f"ordinary recites {plain['exact']:.2f} of the canaries, k=4 {masked[0]['exact']:.2f}, k=3 "
-        f"{masked[1]['exact']:.2f}; {off:.0%} of divergences at a dropped target; validation loss within {gap:.3f}",
+        f"ordinary recites {plain['exact']:.2f} of the canaries, k=4 {masked[0]['exact']:.2f}, "
+        f"k=3 {masked[1]['exact']:.2f}; {off:.0%} of divergences at a dropped target; validation loss within {gap:.3f}",
         plain["exact"] >= 0.9 and max(f["exact"] for f in masked) <= 0.05 and off == 1 and gap <= 0.1,
         f"{cfg.canaries} canaries of {cfg.block + 1} tokens, {cfg.steps} steps, seed {cfg.seed}, {w.device.type}",
     )
 
 
-FIGURE = {"ncols": 2, "figsize": (15, 5.2), "gridspec_kw": {"width_ratios": [1, 1.75]}}
-
-
 def draw(cfg: Config, text: Text, found: dict, figure, axes) -> None:
-    """Left: survival curves. Right: one canary as the ordinary and the k=4 model continue it, dropped targets boxed."""
+    """Left: survival curves. Right: one canary as the ordinary and the k=4 model continue it, dropped targets marked."""
     left, right = axes
-    for spec in found:
-        left.plot(found[spec]["survival"], label=spec, lw=2, ls="--" if spec in ALIASES and spec != "ordinary" else "-")
+    for spec, f in found.items():
+        left.plot(f["survival"], label=spec, lw=2, ls="-" if spec == "ordinary" or spec not in ALIASES else "--")
     left.set(xlabel="tokens generated", ylabel="share of canaries still verbatim", ylim=(-0.03, 1.03))
-    left.set_title("How long a training text is recited")
-    left.legend(frameon=False, fontsize=9)
-    first = [next((i for i, (a, b) in enumerate(zip(g, r, strict=True)) if a != b), cfg.suffix) for g, r in
-             zip(found["k=4"]["generated"], text.canary[:, cfg.prefix :].tolist(), strict=True)]  # fmt: skip
-    which = sorted(range(len(first)), key=lambda i: abs(first[i] - 8))[0]  # a canary that shows some of both
-    row = text.canary[which]
-    dropped = mask_of(row_config(cfg, "k=4"), row[None])[0]
-    true = row[cfg.prefix : cfg.prefix + cfg.suffix].tolist()
-    y, columns = 0.0, 78
-    right.set(xlim=(0, columns), ylim=(-26, 1.5))
+    left.set_title("How long training text is recited")
+    left.legend(frameon=False)
+    decode = lambda i: text.tokenizer.piece(i).decode("utf-8", "replace").replace("\n", "¶")
+    letters = [sum(c.isalpha() for i in row for c in decode(i)) for row in text.canary.tolist()]
+    row = text.canary[letters.index(max(letters))]  # the canary that is most like prose
+    generated = {s: found[s]["generated"][letters.index(max(letters))] for s in ("ordinary", "k=4")}
+    prompt, true = row[: cfg.prefix].tolist(), row[cfg.prefix : cfg.prefix + cfg.suffix].tolist()
+    dropped, y, width = mask_of(row_config(cfg, "k=4"), row[None])[0].tolist(), 0.0, 98
+    right.set(xlim=(0, width), ylim=(-21, 1))
     right.axis("off")
-    parts = [("prompt", row[: cfg.prefix].tolist()), ("training text", true)]
-    for title, ids in [*parts, *((f"{s} continues", found[s]["generated"][which]) for s in ("ordinary", "k=4"))]:
-        right.text(0, y, title, weight="bold", fontsize=10)
-        x, y, ok = 0, y - 1.5, True
+    parts = {"The prompt": prompt, "The training text after it": true, "Ordinary training": generated["ordinary"]}
+    for title, ids in {**parts, "Goldfish loss, k = 4": generated["k=4"]}.items():
+        right.text(0, y, title, weight="bold")
+        x, y, verbatim = 0, y - 1.5, title != "The prompt"
         for j, i in enumerate(ids):
-            word = text.tokenizer.piece(i).decode("utf-8", "replace").replace("\n", "¶")
-            if x + len(word) > columns:
+            word, verbatim = decode(i), verbatim and i == true[j]
+            if x + len(word) > width:
                 x, y = 0, y - 1.5
-            ok = ok and (title in ("prompt", "training text") or i == true[j])
-            color = (
-                "0.45" if title == "prompt" else "black" if title == "training text" else "green" if ok else "crimson"
-            )
-            box = title != "prompt" and title != "ordinary continues" and dropped[cfg.prefix + j - 1]
-            edge = {"facecolor": "#ffe9a8" if box else "none", "edgecolor": "none", "pad": 1.2}
-            right.text(x, y, word, family="monospace", fontsize=9.5, color=color, bbox=edge)
+            color = "0.45" if title == "The prompt" else "green" if verbatim else "crimson"
+            box = "#ffe08a" if title[:3] != "Ord" and ids is not prompt and dropped[cfg.prefix + j - 1] else "none"
+            look = {"facecolor": box, "edgecolor": "none", "pad": 1}
+            right.text(x, y, word, family="monospace", fontsize=10.5, color=color, bbox=look)
             x += len(word)
-        y -= 2.2
-    right.text(0, y, "yellow: targets that k=4 dropped; green: verbatim; red: after the first wrong token", fontsize=9)
-    figure.tight_layout()
+        y -= 2.3
+    right.text(0, y, "yellow: dropped by the k = 4 mask    green: verbatim    red: from the first wrong token on")
 
 
-def train_mode(cfg: Config, w: cluster.World) -> None:
+# ---- train, audit, bench
+
+
+def train(cfg: Config, w: cluster.World) -> None:
     """One run on text, with checkpoints, audited at its end."""
     path, text = f"{cfg.out}/checkpoint.pt", Text(cfg)
     state = cluster.load(path) if cfg.resume else None
@@ -1060,148 +1060,128 @@ def train_mode(cfg: Config, w: cluster.World) -> None:
     elif w.main:
         cluster.set_aside(path)
     run = report.Run(cfg.out, cfg, w, state["step"] if state else 0)
-    model = train(cfg, text, w, run, path=path, state=state)
-    found = audit(cfg, text, model)
+    found = audit(cfg, text, Trainer(cfg, text, w, state).run(run, "train", path).model)
     run.log(audit="train", **found)
-    w.print(summary(cfg, found))
+    print_audit(cfg, w, found)
 
 
-def summary(cfg: Config, f: dict) -> str:
-    """One line of an audit's main numbers."""
-    if not cfg.canaries:
-        return f"validation loss {f['val_loss']:.4f}"
-    return (
-        f"k={cfg.k}: exact match {f['exact']:.3f}, RougeL {f['rouge_l']:.3f}, first divergence {f['divergence']:.1f} "
-        f"({f['at_dropped']:.0%} at a dropped target), validation loss {f['val_loss']:.4f}, MIA AUC {f['auc_loss']:.3f}"
-    )
+def print_audit(cfg: Config, w: cluster.World, found: dict) -> None:
+    hidden = ("survival", "generated")
+    w.print(report.table(["measure", "value"], [[n, f] for n, f in found.items() if n not in hidden and f is not None]))
 
 
 def audit_run(cfg: Config, w: cluster.World) -> None:
     """Audit the model that `train` left in --model: greedy, beam search, and the attacker who knows the mask."""
     state = cluster.load(f"{cfg.model}/checkpoint.pt")
-    setting = state["setting"] | {"data": tuple(state["setting"]["data"])}
-    c = replace(cfg, **{n: v for n, v in setting.items() if n in {f.name for f in fields(Config)}})
+    c = replace(cfg, **state["setting"] | {"data": tuple(state["setting"]["data"])})
     text = Text(c)
     check_resume(state, c, text)
-    model = GPT(c).to(w.device)
+    model = GPT(small_config(c)).to(w.device)
     model.load_state_dict(state["model"])
-    found = audit(c, text, model)
-    w.print(summary(c, found))
-    rows, ref = text.canary.to(w.device), text.canary[:, None, c.prefix : c.prefix + c.suffix].to(w.device)
-    drop, shown = mask_of(c, rows), []
+    found, shown = audit(c, text, model), []
+    print_audit(c, w, found)
+    rows = text.canary.to(w.device)
+    ref, drop = rows[:, None, c.prefix : c.prefix + c.suffix], mask_of(c, rows)  # (canaries, 1, n_s), (canaries, block)
     for width in report.progress(c.beams, "beam search", w):
-        hit = []
-        for mask in (None, drop):
-            gen = extract(model, rows, c.prefix, c.suffix, width, mask).reshape(len(rows), width, c.suffix)
-            hit.append((gen == ref).all(dim=2).any(dim=1).float().mean().item())
-        shown.append([str(width), *hit])
-    w.print(report.table(["beams", "exact match", "mask-aware"], shown))
+        tried = [extract(model, rows, c.prefix, c.suffix, width, mask) for mask in (None, drop)]
+        tried = [g.reshape(len(rows), width, c.suffix) for g in tried]
+        shown.append([str(width), *((g == ref).all(dim=2).any(dim=1).float().mean().item() for g in tried)])
+    w.print(report.table(["beams", "exact match", "by one who knows the mask"], shown))
     if w.main:
-        report.write_json(f"{c.out}/audit.json", found | {"beams": shown, "setting": setting})
+        report.write_json(f"{c.out}/audit.json", found | {"beams": shown, "setting": state["setting"]})
 
 
 def audit_real(cfg: Config, w: cluster.World) -> None:
-    """Does a real model recite these files? Extraction and membership scores per file."""
-    weights = open_weights(cfg.model)
-    tokenizer, model = (
-        weights.tokenizer(),
-        Llama({n: t.to(w.device) for n, t in weights.state_dict().items()}, weights.config),
-    )
-    width, shown, scores = cfg.prefix + cfg.suffix, [], {}
+    """Does a real model recite these files, and do they look trained on? Scores per file."""
+    weights, shown, scores = open_weights(cfg.model), [], {True: [], False: []}
+    tokenizer, width = weights.tokenizer(), cfg.prefix + cfg.suffix
+    model = GPT(weights.config).to(w.device)
+    model.load_state_dict(weights.state_dict())
     files = [(n, True) for n in cfg.data] + [(n, False) for n in cfg.nonmembers if n != "none"]
     for name, member in report.progress(files, "audit", w):
         ids = torch.tensor(tokenizer.encode(corpus(name)).ids)
         n = min(cfg.rows, len(ids) // width)
         if n == 0:
             raise BadInput(f"{name} has {len(ids)} tokens; --prefix {cfg.prefix} + --suffix {cfg.suffix} need {width}.")
-        rows = ids[: n * width].reshape(n, width)
-        texts = [tokenizer.decode(r.tolist()) for r in rows]
-        rows = rows.to(w.device)
+        rows = ids[: n * width].reshape(n, width).to(w.device)
         gen, ref = extract(model, rows, cfg.prefix, cfg.suffix), rows[:, cfg.prefix :]
-        mia = {s: v.cpu() for s, v in mia_scores(model, rows, texts).items()}
-        for s, v in mia.items():
-            scores.setdefault((s, member), []).append(v)
-        run = (_overlap(gen, ref, contiguous=True) / cfg.suffix).mean().item()
-        shown.append([name[-40:], "member?" if member else "non-member", str(n), exact_match(gen, ref),
-                      token_accuracy(gen, ref), rouge_l(gen, ref).mean().item(), run,
-                      f"{first_divergence(gen, ref).float().mean():.1f}", *(v.mean().item() for v in mia.values())])  # fmt: skip
-    head = ["file", "given as", "rows", "exact match", "token acc.", "RougeL", "longest run", "first divergence"]
-    head += ["MIA loss", "zlib", "min-k"]
+        mia = mia_scores(model, rows, [tokenizer.decode(r) for r in rows.tolist()])
+        scores[member].append(mia)
+        measured = [exact_match(gen, ref), token_accuracy(gen, ref), rouge_l(gen, ref).mean().item()]
+        measured += [longest_run(gen, ref).mean().item(), first_divergence(gen, ref).float().mean().item()]
+        mia_means = [v.mean().item() for v in mia.values()]
+        shown.append([name[-40:], "yes?" if member else "no", str(n), *measured, *mia_means])
+    head = ["file", "member", "rows", "exact match", "token acc.", "RougeL", "longest run", "first divergence"]
+    head += [f"MIA {s}" for s in mia]
     w.print(report.table(head, shown))
-    result = {"rows": [dict(zip(head, r, strict=True)) for r in shown], "model": cfg.model}
-    if any(not m for _, m in scores):
-        result["auc"] = {s: auc(torch.cat(scores[s, True]), torch.cat(scores[s, False])) for s, m in scores if m}
-        w.print("AUC of member? against non-member: " + ", ".join(f"{s} {a:.3f}" for s, a in result["auc"].items()))
+    found = {"model": cfg.model, "rows": [dict(zip(head, r, strict=True)) for r in shown]}
+    if scores[False]:
+        pool = lambda member, s: torch.cat([m[s] for m in scores[member]])
+        found["auc"] = {s: auc(pool(True, s), pool(False, s)) for s in mia}
+        w.print("AUC, yes? against no: " + ", ".join(f"{s} {a:.3f}" for s, a in found["auc"].items()))
     else:
-        w.print("membership scores are relative: give --nonmembers FILE for an AUC")
+        w.print("membership scores mean little alone: give --nonmembers FILE for an AUC")
     if w.main:
-        report.write_json(f"{cfg.out}/audit.json", result)
+        report.write_json(f"{cfg.out}/audit.json", found)
 
 
 def bench(cfg: Config, w: cluster.World) -> None:
     """The head, forward and backward, against PyTorch's own: time, memory, and the floor beside them."""
     cuda = w.device.type == "cuda"
     N, D, V, dtype = (16384, 2048, 128256, torch.bfloat16) if cuda else (4096, 256, 32768, torch.float32)
-    k, g = cfg.k or 4, cluster.generator(cfg.seed)
-    hidden = torch.randn(N, D, generator=g).to(w.device, dtype).requires_grad_()
+    k, g, T = cfg.k or 4, cluster.generator(cfg.seed), 1024
+    hidden = torch.randn(N // T, T, D, generator=g).to(w.device, dtype).requires_grad_()
     weight = (torch.randn(V, D, generator=g) / math.sqrt(D)).to(w.device, dtype).requires_grad_()
-    targets = torch.randint(1, V, (N // 1024, 1024), generator=g).to(w.device)
-    flat, rows = targets.flatten(), hidden.view(N // 1024, 1024, D)
-    speed_bytes, speed_flop = report.ceilings(w.device, dtype)
-    kept = int((~goldfish_mask(targets, k)).sum()) / N
+    targets = torch.randint(1, V, (N // T, T), generator=g).to(w.device)
+    kept = (~goldfish_mask(targets, k)).float().mean().item()
+    per_byte, per_flop = (1 / rate for rate in report.ceilings(w.device, dtype))
+    found = {"N": N, "D": D, "V": V, "k": k, "dtype": str(dtype), "device": report.device_name(w.device), "cases": {}}
+    w.print(f"{found['device']}, {dtype}, N={N} D={D} V={V} k={k} ({kept:.3f} kept)")
+    w.print(f"measured ceilings: {1e-9 / per_byte:.0f} GB/s copied, {1e-12 / per_flop:.2f} TFLOP/s in matrix products")
 
-    def show(title: str, cases: dict, floors: dict) -> None:
+    def entropy(logits, masked=True):
+        y = goldfish_targets(targets, k) if masked else targets
+        return F.cross_entropy(logits.view(N, V), y.view(N))
+
+    def compare(title: str, cases: dict) -> None:  # name -> (function, floor in seconds)
         def step(fn):
             hidden.grad = weight.grad = None
             fn().backward()
 
-        cases = {n: functools.partial(step, fn) for n, fn in cases.items()}
-        times, base = report.timed(cases, w.device, repeats=7), next(iter(cases))
-        peaks = {n: report.peak_bytes(fn, w.device) for n, fn in cases.items()}
-        lines = [
-            [n, f"{t * 1e3:.1f} ± {s * 1e3:.1f}", f"{t / times[base][0]:.2f}", f"{peaks[n] / 2**20:.0f}",
-             f"{peaks[n] / peaks[base]:.2f}", f"{floors[n] * 1e3:.1f}" if n in floors else "-"]
-            for n, (t, s) in times.items()
-        ]  # fmt: skip
-        w.print(f"\n{title}\n" + report.table(["case", "ms", "ratio", "peak MiB", "ratio", "floor ms"], lines))
-        found[title] = {"seconds": times, "peak_bytes": peaks, "floor_seconds": floors}
+        calls = {name: functools.partial(step, fn) for name, (fn, _) in cases.items()}
+        seconds, base = report.timed(calls, w.device, repeats=20 if cuda else 5), next(iter(cases))
+        peak, rows = {name: report.peak_bytes(fn, w.device) for name, fn in calls.items()}, []
+        for name, (t, spread) in seconds.items():
+            floor = cases[name][1]
+            rows.append([name, f"{t * 1e3:.1f} ± {spread * 1e3:.1f}", t / seconds[base][0], f"{peak[name] / 2**20:.0f}",
+                         peak[name] / peak[base], f"{floor * 1e3:.1f}", f"{floor / t:.0%}"])  # fmt: skip
+            found["cases"][name] = {"seconds": t, "spread": spread, "peak_bytes": peak[name], "floor_seconds": floor}
+        head = [title, "ms", "x time", "peak MiB", "x memory", "floor ms", "of floor"]
+        w.print("\n" + report.table(head, rows))
 
-    found = {"N": N, "D": D, "V": V, "dtype": str(dtype), "k": k, "device": report.device_name(w.device)}
-    w.print(
-        f"{found['device']}, {dtype}, N={N} D={D} V={V} k={k}; {speed_bytes / 1e9:.0f} GB/s, {speed_flop / 1e12:.2f} TFLOP/s"
-    )
-    gemm = 6 * N * D * V / speed_flop
-    show("head and loss, forward + backward",
-         {"F.linear + F.cross_entropy, all rows": lambda: F.cross_entropy(F.linear(hidden, weight), flat),
-          "F.linear + F.cross_entropy, masked": lambda: F.cross_entropy(F.linear(hidden, weight), goldfish_targets(targets, k).flatten()),
-          f"goldfish_linear_loss k={k}": lambda: goldfish_linear_loss(rows, weight, targets, k),
-          "goldfish_linear_loss k=None": lambda: goldfish_linear_loss(rows, weight, targets, None)},
-         {"F.linear + F.cross_entropy, all rows": gemm, "F.linear + F.cross_entropy, masked": gemm,
-          f"goldfish_linear_loss k={k}": kept * gemm, "goldfish_linear_loss k=None": gemm})  # fmt: skip
-    logits = F.linear(hidden, weight).detach().view(N // 1024, 1024, V)
-    fresh = lambda: logits.detach().requires_grad_()
-    size = N * V * logits.element_size()
-    show("loss alone on given logits, forward + backward",
-         {"mask + F.cross_entropy": lambda: F.cross_entropy(fresh().view(N, V), goldfish_targets(targets, k).flatten()),
-          "mask + F.cross_entropy in fp32": lambda: F.cross_entropy(fresh().view(N, V).float(), goldfish_targets(targets, k).flatten()),
-          f"goldfish_loss k={k}": lambda: goldfish_loss(fresh(), targets, k)},
-         {f"goldfish_loss k={k}": (4 * kept + 2 * (1 - kept)) / 2 * size / speed_bytes})  # fmt: skip
+    head, linear = 6 * N * D * V * per_flop, goldfish_linear_loss
+    compare("hidden states to gradients", {
+        "F.linear + F.cross_entropy, all rows": (lambda: entropy(F.linear(hidden, weight), masked=False), head),
+        "F.linear + F.cross_entropy, masked": (lambda: entropy(F.linear(hidden, weight)), head),
+        "goldfish_linear_loss, k=None": (lambda: linear(hidden, weight, targets, None), head),
+        f"goldfish_linear_loss, k={k}": (lambda: linear(hidden, weight, targets, k), kept * head),
+    })  # fmt: skip
+    logits = F.linear(hidden, weight).detach()
+    fresh, size = lambda: logits.detach().requires_grad_(), logits.numel() * logits.element_size() * per_byte
+    floor = (4 * kept + 2 * (1 - kept)) / 2 * size  # kept rows: two reads, or a read and a cached one, and ... a write
+    compare("logits to gradients", {
+        "mask + F.cross_entropy": (lambda: entropy(fresh()), floor),
+        "mask + F.cross_entropy in fp32": (lambda: entropy(fresh().float()), floor),
+        f"goldfish_loss, k={k}": (lambda: goldfish_loss(fresh(), targets, k), floor),
+    })  # fmt: skip
     if w.main:
         report.write_json(f"{cfg.out}/bench.json", found)
 
 
 def main(cfg: Config) -> None:
+    ours = Path(cfg.model, "checkpoint.pt").exists() or cfg.model == Config.model
     with cluster.world(cfg.device) as w:
-        if cfg.mode == "demo":
-            demo(cfg, w)
-        elif cfg.mode == "train":
-            train_mode(cfg, w)
-        elif cfg.mode == "audit" and cfg.model != "smollm2" and Path(cfg.model, "checkpoint.pt").exists():
-            audit_run(cfg, w)
-        elif cfg.mode == "audit":
-            audit_real(cfg, w)
-        else:
-            bench(cfg, w)
+        {"demo": demo, "train": train, "bench": bench, "audit": audit_run if ours else audit_real}[cfg.mode](cfg, w)
 
 
 if __name__ == "__main__":
