@@ -29,7 +29,6 @@ Writes   results/goldfish/: metrics.jsonl, claim.json, goldfish.png; checkpoint.
 """
 
 import functools
-import itertools
 import math
 import operator
 import time
@@ -662,51 +661,35 @@ def tpr_at_fpr(pos, neg, fpr: float) -> float:
 # ---- the model
 
 
-class Attention(nn.Module):
-    """Causal attention with rotary positions and H query heads over Hk key/value heads."""
+class Layer(nn.Module):
+    """Causal attention with rotary positions, H query heads over Hk key/value heads, then a SwiGLU MLP."""
 
     def __init__(self, c: dict):
         super().__init__()
-        C, self.H, self.Hk = c["hidden_size"], c["num_attention_heads"], c["num_key_value_heads"]
-        D = c.get("head_dim") or C // self.H
-        self.q_proj, self.o_proj = nn.Linear(C, self.H * D, bias=False), nn.Linear(self.H * D, C, bias=False)
-        self.k_proj, self.v_proj = nn.Linear(C, self.Hk * D, bias=False), nn.Linear(C, self.Hk * D, bias=False)
+        C, M, self.H, self.Hk = (c[n] for n in ("hidden_size", "intermediate_size", "num_attention_heads",
+                                                "num_key_value_heads"))  # fmt: skip
+        D, linear = c.get("head_dim") or C // self.H, functools.partial(nn.Linear, bias=False)
+        self.self_attn = nn.ModuleDict({
+            "q_proj": linear(C, self.H * D), "k_proj": linear(C, self.Hk * D), "v_proj": linear(C, self.Hk * D),
+            "o_proj": linear(self.H * D, C),
+        })  # fmt: skip
+        self.mlp = nn.ModuleDict({"gate_proj": linear(C, M), "up_proj": linear(C, M), "down_proj": linear(M, C)})
+        self.input_layernorm = nn.RMSNorm(C, c["rms_norm_eps"])
+        self.post_attention_layernorm = nn.RMSNorm(C, c["rms_norm_eps"])
 
     def forward(self, x: Tensor, angle: Tensor, cache: dict | None, layer: int) -> Tensor:
-        q = rotate(rearrange(self.q_proj(x), "b t (h d) -> b h t d", h=self.H), angle)  # (B, H, T, D)
-        k = rotate(rearrange(self.k_proj(x), "b t (h d) -> b h t d", h=self.Hk), angle)  # (B, Hk, T, D)
-        v = rearrange(self.v_proj(x), "b t (h d) -> b h t d", h=self.Hk)  # (B, Hk, T, D)
+        attn, mlp, y = self.self_attn, self.mlp, self.input_layernorm(x)
+        q = rotate(rearrange(attn.q_proj(y), "b t (h d) -> b h t d", h=self.H), angle)  # (B, H, T, D)
+        k = rotate(rearrange(attn.k_proj(y), "b t (h d) -> b h t d", h=self.Hk), angle)  # (B, Hk, T, D)
+        v = rearrange(attn.v_proj(y), "b t (h d) -> b h t d", h=self.Hk)  # (B, Hk, T, D)
         if cache is not None:
             if layer in cache:
                 k, v = torch.cat([cache[layer][0], k], dim=2), torch.cat([cache[layer][1], v], dim=2)  # (B, Hk, S, D)
             cache[layer] = (k, v)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=x.shape[1] > 1, enable_gqa=self.H != self.Hk)
-        return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
-
-
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, c: dict):
-        super().__init__()
-        C, M = c["hidden_size"], c["intermediate_size"]
-        self.gate_proj, self.up_proj = nn.Linear(C, M, bias=False), nn.Linear(C, M, bias=False)
-        self.down_proj = nn.Linear(M, C, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Layer(nn.Module):
-    def __init__(self, c: dict):
-        super().__init__()
-        self.self_attn, self.mlp = Attention(c), MLP(c)
-        self.input_layernorm = nn.RMSNorm(c["hidden_size"], c["rms_norm_eps"])
-        self.post_attention_layernorm = nn.RMSNorm(c["hidden_size"], c["rms_norm_eps"])
-
-    def forward(self, x: Tensor, angle: Tensor, cache: dict | None, layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), angle, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + attn.o_proj(rearrange(y, "b h t d -> b t (h d)"))  # (B, T, C)
+        y = self.post_attention_layernorm(x)
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(y)) * mlp.up_proj(y))
 
 
 class GPT(nn.Module):
@@ -764,7 +747,7 @@ VALIDATION = 64  # rows
 
 
 class Text:
-    """The corpus cut into rows of block + 1 tokens, split by the seed: canaries, non-members, validation, background."""
+    """The corpus as rows of block + 1 tokens, split by the seed: canaries, non-members, validation, background."""
 
     def __init__(self, cfg: Config):
         text = corpus(cfg.data)
@@ -773,13 +756,11 @@ class Text:
         self.crc = zlib.crc32(ids.numpy().tobytes())
         n, held = len(ids) // width, 2 * cfg.canaries + VALIDATION
         if n < cfg.canaries:
-            raise BadInput(
-                f"--canaries {cfg.canaries}, but the text has only {n} rows of {width} tokens. Ask for fewer."
-            )
+            raise BadInput(f"--canaries {cfg.canaries}, but the text has only {n} rows of {width} tokens. Ask fewer.")
         if n < held + cfg.batch:
             raise BadInput(
                 f"the text is too small: it has {len(ids)} tokens; {cfg.canaries} canaries, as many non-members, "
-                f"{VALIDATION} validation rows and a batch of {cfg.batch} need {(held + cfg.batch) * width}. Add --data."
+                f"{VALIDATION} validation rows and a batch of {cfg.batch} need {(held + cfg.batch) * width}. Add text."
             )
         rows = ids[: n * width].reshape(n, width)[torch.randperm(n, generator=cluster.generator(cfg.seed, 1))]
         parts = rows.split([cfg.canaries, cfg.canaries, VALIDATION, n - held])
@@ -795,7 +776,7 @@ class Text:
         return rows[[int(self._order(n, i // n)[i % n]) for i in range(first, first + count)]]
 
     def batch(self, cfg: Config, step: int) -> Tensor:
-        """The rows of a step, (batch, block + 1): the same on every rank, a function of the seed and the step alone."""
+        """The rows of a step, (batch, block + 1): the same on every rank, a function of seed and step alone."""
         g = cluster.generator(cfg.seed, 3, step)
         slots = 0 if cfg.control or not cfg.canaries else round(cfg.batch * cfg.canary_share)  # rows for canaries
         fresh = cfg.batch - slots
@@ -832,15 +813,15 @@ def check_resume(state: dict, cfg: Config, text: Text) -> None:
         was, now, flag = state["setting"][name], getattr(cfg, name), "--" + name.replace("_", "-")
         if was != now:
             raise BadInput(
-                f"the checkpoint was trained with {flag} {was}, this run asks for {flag} {now}. Going on would teach what "
-                f"was left out so far. Pass {flag} {was} to resume, or another --out to start anew."
+                f"the checkpoint was trained with {flag} {was}, this run asks for {flag} {now}. Going on would "
+                f"teach what was left out so far. Pass {flag} {was} to resume, or another --out to start anew."
             )
     if state["crc"] != text.crc:
         raise BadInput("the checkpoint was trained on another text. Pass the same --data, or another --out.")
 
 
 class Trainer:
-    """One run: model, AdamW, and a step whose loss is normalised by the supervised targets of all ranks and micro-steps."""
+    """One run: model, AdamW, and a step whose loss is normalised over all ranks and micro-steps."""
 
     def __init__(self, cfg: Config, text: Text, w: cluster.World, state: dict | None = None):
         self.cfg, self.text, self.w = cfg, text, w
@@ -985,8 +966,9 @@ def demo(cfg: Config, w: cluster.World) -> None:
         f["seconds"] = time.perf_counter() - start
         run.log(audit=spec, **f)
         at_dropped = "-" if f["at_dropped"] is None else f"{f['at_dropped']:.0%}"
-        shown.append([spec, f"{f['supervised'] / 1e3:.0f}k", f["exact"], f["accuracy"], f["rouge_l"],
-                      f"{f['divergence']:.1f}", at_dropped, f["val_loss"], f["auc_loss"], f"{f['seconds']:.1f}"])  # fmt: skip
+        counts, ends = f"{f['supervised'] / 1e3:.0f}k", f"{f['divergence']:.1f}"
+        shown.append([spec, counts, f["exact"], f["accuracy"], f["rouge_l"], ends, at_dropped, f["val_loss"]])
+        shown[-1] += [f["auc_loss"], f"{f['seconds']:.1f}"]
         w.print(f"{spec}: recites {f['exact']:.2f} of the canaries ({f['seconds']:.0f} s)")
     head = ["run", "supervised", "exact match", "token acc.", "RougeL", "first divergence", "at dropped", "val loss"]
     w.print("\n" + report.table([*head, "MIA AUC", "seconds"], shown) + "\n")
@@ -1016,17 +998,19 @@ def demo(cfg: Config, w: cluster.World) -> None:
 
 
 def draw(cfg: Config, text: Text, found: dict, figure, axes) -> None:
-    """Left: survival curves. Right: one canary as the ordinary and the k=4 model continue it, dropped targets marked."""
+    """Left: survival curves. Right: a canary as both models continue it, dropped targets marked."""
     left, right = axes
     for spec, f in found.items():
-        left.plot(f["survival"], label=spec, lw=2, ls="-" if spec == "ordinary" or spec not in ALIASES else "--")
+        look = {"lw": 5, "alpha": 0.4} if spec == "ordinary" else {"lw": 2, "ls": "--" if spec in ALIASES else "-"}
+        left.plot(f["survival"], label=spec, **look)
     left.set(xlabel="tokens generated", ylabel="share of canaries still verbatim", ylim=(-0.03, 1.03))
     left.set_title("How long training text is recited")
     left.legend(frameon=False)
     decode = lambda i: text.tokenizer.piece(i).decode("utf-8", "replace").replace("\n", "¶")
     letters = [sum(c.isalpha() for i in row for c in decode(i)) for row in text.canary.tolist()]
-    row = text.canary[letters.index(max(letters))]  # the canary that is most like prose
-    generated = {s: found[s]["generated"][letters.index(max(letters))] for s in ("ordinary", "k=4")}
+    ahead = first_divergence(found["k=4"]["generated"], text.canary[:, cfg.prefix : cfg.prefix + cfg.suffix]).tolist()
+    which = max(range(len(letters)), key=lambda i: letters[i] + 20 * min(ahead[i], 4))  # prose, and not lost at once
+    row, generated = text.canary[which], {s: found[s]["generated"][which] for s in ("ordinary", "k=4")}
     prompt, true = row[: cfg.prefix].tolist(), row[cfg.prefix : cfg.prefix + cfg.suffix].tolist()
     dropped, y, width = mask_of(row_config(cfg, "k=4"), row[None])[0].tolist(), 0.0, 98
     right.set(xlim=(0, width), ylim=(-21, 1))
@@ -1040,9 +1024,9 @@ def draw(cfg: Config, text: Text, found: dict, figure, axes) -> None:
             if x + len(word) > width:
                 x, y = 0, y - 1.5
             color = "0.45" if title == "The prompt" else "green" if verbatim else "crimson"
-            box = "#ffe08a" if title[:3] != "Ord" and ids is not prompt and dropped[cfg.prefix + j - 1] else "none"
+            box = "#ffe08a" if title[-4:] != "ning" and ids is not prompt and dropped[cfg.prefix + j - 1] else "none"
             look = {"facecolor": box, "edgecolor": "none", "pad": 1}
-            right.text(x, y, word, family="monospace", fontsize=10.5, color=color, bbox=look)
+            right.text(x, y, word, family="monospace", fontsize=9, color=color, bbox=look)
             x += len(word)
         y -= 2.3
     right.text(0, y, "yellow: dropped by the k = 4 mask    green: verbatim    red: from the first wrong token on")
@@ -1168,7 +1152,7 @@ def bench(cfg: Config, w: cluster.World) -> None:
     })  # fmt: skip
     logits = F.linear(hidden, weight).detach()
     fresh, size = lambda: logits.detach().requires_grad_(), logits.numel() * logits.element_size() * per_byte
-    floor = (4 * kept + 2 * (1 - kept)) / 2 * size  # kept rows: two reads, or a read and a cached one, and ... a write
+    floor = (2 * kept + (1 - kept)) * size  # a kept row is read and written, a dropped one written
     compare("logits to gradients", {
         "mask + F.cross_entropy": (lambda: entropy(fresh()), floor),
         "mask + F.cross_entropy in fp32": (lambda: entropy(fresh().float()), floor),

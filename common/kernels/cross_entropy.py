@@ -106,7 +106,7 @@ def available() -> bool:
 def window_mask_triton(
     targets: Tensor, table: Tensor, k: int, h: int, strategy: str, context: bool, ignore_index: int, seed: int = 0
 ) -> Tensor:
-    """Drop decisions of targets (B, L), int64 and contiguous -> bool (B, L). table: float32 uniforms, multiples of 2^-24.
+    """Drop decisions of targets (B, L), int64, contiguous -> bool (B, L). table: float32 multiples of 2^-24.
 
     ValueError: another dtype or layout, or a strategy other than hash and mix.
     """
@@ -155,7 +155,7 @@ def rows_grad_triton_(
 class MaskedCrossEntropy(torch.autograd.Function):
     """Sum of the losses of the kept rows. Backward overwrites the logits with their gradient: no second (N, V) tensor.
 
-    A second backward through the same graph raises RuntimeError (autograd sees that the logits were overwritten).
+    Going back twice through the same graph raises RuntimeError: autograd sees that the logits changed.
     """
 
     @staticmethod
