@@ -778,6 +778,7 @@ class Text:
     def batch(self, cfg: Config, step: int) -> Tensor:
         """The rows of a step, (batch, block + 1): the same on every rank, a function of seed and step alone."""
         g = cluster.generator(cfg.seed, 3, step)
+        order = torch.randperm(cfg.batch, generator=g)
         slots = 0 if cfg.control or not cfg.canaries else round(cfg.batch * cfg.canary_share)  # rows for canaries
         fresh = cfg.batch - slots
         shown = self._next(self.canary, step * slots, slots)
@@ -790,8 +791,7 @@ class Text:
             hit = torch.rand(shown.shape, generator=g) < cfg.noise
             other = self.background.flatten()
             shown = torch.where(hit, other[torch.randint(len(other), shown.shape, generator=g)], shown)
-        rows = torch.cat([shown, self._next(self.background, step * fresh, fresh)])
-        return rows[torch.randperm(cfg.batch, generator=g)]
+        return torch.cat([shown, self._next(self.background, step * fresh, fresh)])[order]
 
 
 def mask_of(cfg: Config, rows: Tensor, *salt: int) -> Tensor:
