@@ -5,8 +5,6 @@ import os
 import sys
 from dataclasses import field, fields
 
-Options = dict[str, dict]  # preset name -> field values
-
 
 class BadInput(ValueError):
     """The user's input is at fault, and the message says what to type instead. run() prints it without a traceback."""
@@ -21,10 +19,10 @@ def opt(default, help: str, choices=None, positional: bool = False):
     return field(default=default, metadata={"help": help, "choices": choices, "positional": positional})
 
 
-def parse(config: type, argv: list[str] | None = None, presets: Options | None = None):
+def parse(config: type, argv: list[str] | None = None, presets: dict[str, dict] | None = None):
     """Build `config` from the command line: field `top_k` becomes flag `--top-k`.
 
-    With `presets`, the field `preset` names a set of defaults; flags given beside it win over it.
+    presets: name -> field values; the field `preset` picks one as defaults, and flags given beside it win over it.
     A ValueError of the config's own checks becomes the usual usage error (exit status 2).
     """
     doc = sys.modules[config.__module__].__doc__
@@ -33,9 +31,8 @@ def parse(config: type, argv: list[str] | None = None, presets: Options | None =
         kind, default, help = type(f.default), f.default, f.metadata["help"].replace("%", "%%")
         flag = "--" + f.name.replace("_", "-")
         if f.metadata["positional"]:
-            parser.add_argument(f.name, nargs="?", default=default, choices=f.metadata["choices"], help=help)
-            continue
-        if kind is bool:
+            flag, how = f.name, {"nargs": "?", "choices": f.metadata["choices"]}
+        elif kind is bool:
             how = {"action": argparse.BooleanOptionalAction}  # --causal, --no-causal
         elif kind is tuple:
             how = {"nargs": "+", "type": type(default[0])}  # --mesh 2 2
@@ -52,11 +49,10 @@ def parse(config: type, argv: list[str] | None = None, presets: Options | None =
         parser.error(str(e))
 
 
-def run(main, config: type, presets: Options | None = None) -> None:
+def run(main, config: type, presets: dict[str, dict] | None = None) -> None:
     """Parse, call main(cfg), and turn what the user can mend into one line and exit status 2 instead of a traceback."""
-    cfg = parse(config, presets=presets)
     try:
-        main(cfg)
+        main(parse(config, presets=presets))
     except KeyboardInterrupt:
         os._exit(130)  # at once: peers blocked in a collective are torchrun's to stop
     except (BadInput, OSError, ModuleNotFoundError) as e:

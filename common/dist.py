@@ -1,5 +1,6 @@
 """Process group, device, seeds and checkpoints, on one process or many, under torchrun or plain python."""
 
+import gc
 import os
 import shutil
 import signal
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+
+from common.cli import BadInput
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,12 @@ def world(device: str = "auto") -> Iterator[World]:
 
     RuntimeError: fewer GPUs here than local ranks, or cuda asked for where there is none.
     """
-    env = lambda name, default: int(os.environ.get(name, default))
-    rank, size, local = env("RANK", 0), env("WORLD_SIZE", 1), env("LOCAL_RANK", 0)
+    rank, size, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
-    if cuda and local >= torch.cuda.device_count():
+    gpus = torch.cuda.device_count()
+    if cuda and local >= gpus:
         raise RuntimeError(
-            f"local rank {local} has no GPU: {torch.cuda.device_count()} visible on this node. "
-            f"Lower --nproc-per-node or pass --device cpu."
+            f"local rank {local} has no GPU: {gpus} visible here. Lower --nproc-per-node or pass --device cpu."
         )
     dev = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
@@ -58,6 +61,7 @@ def world(device: str = "auto") -> Iterator[World]:
         done = True
     finally:
         if done or size == 1:  # a failed rank exits at once, so torchrun can stop its peers
+            gc.collect()  # a DDP module in a reference cycle would outlive its group and abort the process at exit
             dist.destroy_process_group()
 
 
@@ -103,19 +107,14 @@ def stop_signal(device: torch.device) -> Iterator:
 
 def _rotate(new: Path, path: Path) -> None:
     """Make the finished `new` the current `path`; what stood there becomes path.previous."""
-    old = Path(f"{path}.previous")
     if path.exists():
-        if old.is_dir():
-            shutil.rmtree(old)
-        os.replace(path, old)
+        shutil.rmtree(f"{path}.previous", ignore_errors=True)  # a folder must go first; a file is replaced
+        os.replace(path, f"{path}.previous")
     os.replace(new, path)
 
 
 def save(path: str | Path, state: dict) -> None:
-    """Write `state` so that a killed process never leaves half a file; the one before stays as PATH.previous.
-
-    Call on one rank. OSError: the disk is full or the folder read-only; what was there before is untouched.
-    """
+    """Write `state` atomically, on one rank; the checkpoint before stays as PATH.previous. OSError: cannot write."""
     path, tmp = Path(path), Path(f"{path}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,15 +124,14 @@ def save(path: str | Path, state: dict) -> None:
             os.fsync(f.fileno())
         _rotate(tmp, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
-        raise OSError(
-            f"cannot write checkpoint {path}: {e}. Free space or pass --out DIR; earlier checkpoints are untouched."
-        ) from e
+        raise OSError(f"cannot write {path}: {e}. Free space or pass --out DIR; earlier checkpoints remain.") from e
 
 
 def set_aside(path: str | Path) -> None:
-    """Before a fresh run: keep an earlier run's checkpoint as PATH.old."""
-    if Path(path).exists():
-        os.replace(path, f"{path}.old")
+    """Before a fresh run: an earlier run's checkpoints get .old at their end."""
+    for p in (str(path), f"{path}.previous"):
+        if Path(p).exists():
+            os.replace(p, p + ".old")
 
 
 def _read(path: Path) -> dict:
@@ -149,7 +147,7 @@ def _read(path: Path) -> dict:
 def load(path: str | Path) -> dict:
     """The state written by save(), on the CPU. Falls back to PATH.previous, with a warning, if PATH is damaged.
 
-    FileNotFoundError: there is none. ValueError: there are only damaged ones.
+    FileNotFoundError: there is none. BadInput: there are only damaged ones.
     """
     found = [p for p in (Path(path), Path(f"{path}.previous")) if p.exists()]
     if not found:
@@ -161,42 +159,34 @@ def load(path: str | Path) -> dict:
         except Exception as e:  # zipfile, pickle and torch each have their own
             damage.append(f"{p} is damaged: {e}")
             continue
-        if damage:
+        if damage and (not dist.is_initialized() or dist.get_rank() == 0):
             print(f"warning: {damage[0]}. Using {p} instead.", flush=True)
         return state
-    raise ValueError("; ".join(damage) + ". Delete it and start again without --resume.")
+    raise BadInput("; ".join(damage) + ". Delete it and start again without --resume.")
 
 
 # ---- checkpoints of sharded state (torch.distributed.checkpoint): every rank writes its part
 
 
 def save_sharded(folder: str | Path, state: dict) -> None:
-    """Write a state dict whose tensors may be DTensors. Collective. Atomic like save()."""
-    import torch.distributed.checkpoint as dcp
-
+    """Write a state dict whose tensors may be DTensors, atomically. Collective."""
     folder, tmp = Path(folder), Path(f"{folder}.tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
     dist.barrier()
-    dcp.save(state, checkpoint_id=tmp)
-    dist.barrier()
+    dcp.save(state, checkpoint_id=tmp)  # ends with a barrier
     if dist.get_rank() == 0:
         _rotate(tmp, folder)
     dist.barrier()
 
 
 def load_sharded(folder: str | Path, state: dict) -> dict:
-    """Fill `state` in place from save_sharded(), resharding as needed. Collective.
-
-    FileNotFoundError: no complete checkpoint there. PATH.previous is used, with a warning, if PATH is damaged.
-    """
-    import torch.distributed.checkpoint as dcp
-
+    """Fill `state` in place from FOLDER, or FOLDER.previous, resharding as needed. Collective. FileNotFoundError."""
     found = [p for p in (Path(folder), Path(f"{folder}.previous")) if (p / ".metadata").exists()]  # written last
     if not found:
         raise FileNotFoundError(f"no complete sharded checkpoint at {folder}. Train without --resume first.")
     if found[0] != Path(folder) and dist.get_rank() == 0:
-        print(f"warning: {folder} is missing or incomplete. Using {found[0]} instead.", flush=True)
+        print(f"warning: {folder} is incomplete. Using {found[0]} instead.", flush=True)
     dcp.load(state, checkpoint_id=found[0])
     return state

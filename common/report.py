@@ -17,26 +17,24 @@ from common.dist import World
 
 def progress(steps: Iterable, what: str, w: World, total: int | None = None, first: int = 0) -> tqdm:
     """A progress bar over `steps`, on rank 0 of a terminal only, so that log files stay free of it."""
-    off = None if w.main else True
-    return tqdm(steps, desc=what, total=total, initial=first, disable=off, leave=False, dynamic_ncols=True)
+    look = {"disable": None if w.main else True, "leave": False, "dynamic_ncols": True}
+    return tqdm(steps, desc=what, total=total, initial=first, **look)
 
 
 def revision() -> str:
-    """The git revision of the checkout, with + when files are changed; 'unknown' outside git."""
-    here = Path(__file__).parent
-    git = lambda *a: subprocess.run(["git", *a], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    """The git revision of the checkout, with + when files are changed; unknown outside git."""
+    ask = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return subprocess.run(ask, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
 def write_json(path: str | Path, value) -> None:
     """Write JSON under a temporary name, then rename."""
-    path, tmp = Path(path), Path(f"{path}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(tmp, path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{path}.tmp").write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(f"{path}.tmp", path)
 
 
 class Run:
@@ -63,14 +61,9 @@ class Run:
         os.replace(tmp, self.path)
 
     def _read(self) -> list[dict]:
-        """The complete lines of metrics.jsonl; a killed run may have left half of one."""
-        rows = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-        return rows
+        """The complete lines of metrics.jsonl; a killed run may have left half of one at its end."""
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("}\n")]
 
     def log(self, **values) -> None:
         """Append one object to metrics.jsonl. Tensors of one element become numbers."""
@@ -81,10 +74,9 @@ class Run:
 
     def claim(self, claim: str, paper: str, here: str, holds: bool, setting: str) -> bool:
         """Write claim.json and print the last line of a demo. Returns `holds`."""
-        seconds = round(time.perf_counter() - self.start, 1)
+        what = {"claim": claim, "paper": paper, "here": here, "holds": bool(holds), "setting": setting}
         if self.w.main:
-            fields = {"claim": claim, "paper": paper, "here": here, "holds": bool(holds), "setting": setting}
-            write_json(self.out / "claim.json", {**fields, "seconds": seconds})
+            write_json(self.out / "claim.json", {**what, "seconds": round(time.perf_counter() - self.start, 1)})
         self.w.print(f"claim: {claim} | paper: {paper} | here: {here} | {'holds' if holds else 'DOES NOT HOLD'}")
         return holds
 
@@ -108,11 +100,10 @@ def picture(path: str | Path, draw: Callable, **subplots) -> str:
 
     figure, axes = plt.subplots(**subplots)
     draw(figure, axes)
-    path, tmp = Path(path), Path(f"{path}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(tmp, format="png", dpi=110, bbox_inches="tight")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(f"{path}.tmp", format="png", dpi=110, bbox_inches="tight")
     plt.close(figure)
-    os.replace(tmp, path)
+    os.replace(f"{path}.tmp", path)
     return f"picture: {path}"
 
 
@@ -121,8 +112,7 @@ def picture(path: str | Path, draw: Callable, **subplots) -> str:
 
 def device_name(device: torch.device) -> str:
     """For the line above a measurement: the GPU's name, or the CPU's threads."""
-    cuda = device.type == "cuda"
-    return torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
 def synchronize(device: torch.device) -> None:
@@ -160,14 +150,14 @@ def peak_bytes(fn: Callable, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     from torch.profiler import ProfilerActivity, profile
 
-    stderr, silent = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silent, 2)  # the profiler writes its own log there
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as silent:
+        os.dup2(silent.fileno(), 2)  # the profiler writes its own log there
     try:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
             fn()
     finally:
         os.dup2(stderr, 2)
-        os.close(silent)
         os.close(stderr)
     held = peak = 0
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]

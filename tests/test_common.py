@@ -98,7 +98,7 @@ def test_checkpoint_survives_damage(tmp_path, capsys):
     path.write_bytes(flipped)
     assert cluster.load(path)["step"] == 1 and "damaged" in capsys.readouterr().out
     (tmp_path / "checkpoint.pt.previous").write_bytes(b"")
-    with pytest.raises(ValueError, match="start again without --resume"):
+    with pytest.raises(BadInput, match="start again without --resume"):
         cluster.load(path)
 
 

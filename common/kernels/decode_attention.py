@@ -1,0 +1,2 @@
+"""stub"""
+def available(): return False
