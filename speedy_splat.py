@@ -1,0 +1,2012 @@
+"""Speedy-Splat: Gaussian splatting with exact tiles and pruning, readable, on a CPU or a GPU and without a compiler.
+
+Paper    Hanson, Tu, Lin, Singla, Zwicker, Goldstein, "Speedy-Splat: Fast 3D Gaussian Splatting with Sparse Pixels and
+         Sparse Primitives", CVPR 2025, arXiv:2412.00578v3, on Kerbl et al., "3D Gaussian Splatting", arXiv:2308.04079.
+Idea     A frame costs Gaussians x pixels per Gaussian, and both are wasteful. 3D-GS lists a Gaussian in every tile of a
+         square around it; a pixel is blended only inside an ellipse that shrinks with the opacity. SnugBox is the tight
+         box of that ellipse, AccuTile the exact tiles it touches: same image, fewer pairs. A score, the squared
+         derivative of all images by the projected Gaussian, tells which Gaussians to prune, softly while the set grows
+         and hard afterwards.
+Here     The claim we check: on a ray-traced scene AccuTile needs under 0.75 of the pairs for the same image, and pruning
+         leaves a third of the Gaussians or fewer at a PSNR of 27.5 or more, where 3D-GS has 28 or more. 3D-GS is whole:
+         SH to degree 3, densification, opacity resets, off-centre cameras; COLMAP, NeRF-synthetic and .ply files.
+Differs  Demo: 64 x 64 pixels, 100 views, 1500 steps, SH degree 1, learning rates x4, 60 %/20 % pruned instead of
+         80 %/30 %, at most 4000 Gaussians, tiles of 8 pixels; all milestones scale with --steps. Each tile row is
+         solved for itself instead of walking from line to line; the set is the same. Mode pixel is ours: it asks about
+         pixel centres, not tile squares. A power above 0 by rounding counts as 0 instead of skipping the pixel. A zero
+         pruning ratio keeps all. The Jacobian's clamp has its exact derivative; a principal point off the centre is
+         honoured. The dead screen-size rule of the original's densification is left out; LPIPS is not computed.
+
+    python speedy_splat.py                                          # laptop: both runs, the table, the claim, pictures
+    python speedy_splat.py --quick                                  # the same in a minute, coarser
+    python speedy_splat.py train --data DIR                         # a COLMAP or NeRF-synthetic folder -> model.ply
+    python speedy_splat.py train --data DIR --preset paper          # the paper's settings; a GPU's work (not yet run)
+    python speedy_splat.py render --model FILE.ply                  # a turntable as PNG frames; --view 3: one camera
+    python speedy_splat.py eval --model FILE.ply --data DIR         # PSNR, SSIM, pairs on the test views
+    python speedy_splat.py bench                                    # time and pairs per mode, against a dense renderer
+    python speedy_splat.py bench --data FILE.npz                    # points and cameras of a real capture
+    torchrun --nproc-per-node 2 speedy_splat.py train --device cpu --views-per-step 2      # replicas, one view each
+    torchrun --nproc-per-node 8 speedy_splat.py train --preset gpu --parallel gaussians --views-per-step 8  # not yet run
+
+Expect   "AccuTile needs 0.7 of vanilla's pairs" and "holds" on the last line, on CPU with seed 0.
+Writes   results/speedy_splat/: metrics.jsonl, claim.json, *.png; model.ply, checkpoint.pt (train), frames/ (render).
+"""
+
+import json
+import math
+import struct
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from common import cli, report
+from common import dist as cluster
+from common.cli import BadInput, opt
+from common.kernels import splat as kernels
+
+TILES = ("vanilla", "snugbox", "accutile", "pixel")
+BACKENDS = ("auto", "torch", "triton")
+CHANNELS = ("sum", "separate")
+
+
+@dataclass
+class Config:
+    mode: str = opt("demo", "what to do", choices=("demo", "train", "render", "eval", "bench"), positional=True)
+    preset: str = opt("laptop", "defaults for a setting; flags win over it", choices=("laptop", "gpu", "paper"))
+    quick: bool = opt(False, "demo: fewer steps and views, coarser numbers")
+    # the scene
+    data: str = opt("scene", "scene: the ray-traced one; a COLMAP or NeRF-synthetic folder; bench: an .npz file too")
+    size: int = opt(64, "pixels along a side of the ray-traced views and of the turntable's frames")
+    views: int = opt(100, "ray-traced views, every 8th held out")
+    points: int = opt(2000, "first Gaussians where the scene brings no points; for the ray-traced scene always")
+    init: str = opt("points", "start from the scene's points, or from random ones", choices=("points", "random"))
+    background: str = opt("auto", "behind the scene", choices=("auto", "black", "white"))
+    # training
+    steps: int = opt(1500, "optimizer steps; the milestones of 3D-GS and of pruning scale with it")
+    lr_scale: float = opt(4.0, "factor on all learning rates; 1 for long runs")
+    sh_degree: int = opt(1, "highest degree of the colours' spherical harmonics", choices=(0, 1, 2, 3))
+    sh_every: int = opt(250, "steps before the degree rises by one")
+    max_gaussians: int = opt(4000, "densification stops at so many")
+    soft_ratio: float = opt(0.6, "part pruned at each of 3 events while the set grows; 0: none")
+    hard_ratio: float = opt(0.2, "part pruned at each of 5 events after that; 0: none")
+    channels: str = opt("sum", "pruning score: square after or before the sum over colours", choices=CHANNELS)
+    views_per_step: int = opt(1, "views in a step, over all processes")
+    parallel: str = opt("cameras", "replicas, or the Gaussians split over ranks", choices=("cameras", "gaussians"))
+    seed: int = opt(0, "seed of the points, the order of views and the splits")
+    # the rasteriser
+    tiles: str = opt("accutile", "which tiles a Gaussian is listed in", choices=TILES)
+    tile: int = opt(8, "pixels along a tile's side: 8 suits a CPU, 16 a GPU")
+    backend: str = opt("auto", "auto: Triton on a GPU, torch elsewhere", choices=BACKENDS)
+    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    # files
+    out: str = opt("results/speedy_splat", "folder of what the run writes, and of the checkpoint to resume")
+    resume: bool = opt(False, "train: go on from the checkpoint in --out")
+    save_every: int = opt(500, "steps between checkpoints; 0 writes only the last")
+    eval_every: int = opt(0, "steps between evaluations; 0: a tenth of the run")
+    model: str = opt("results/speedy_splat/model.ply", "render, eval: the .ply to use")
+    frames: int = opt(24, "render: frames of the turntable")
+    view: int = opt(-1, "render: only this camera of --data; -1: the turntable")
+
+    def __post_init__(self):
+        for name in ("size", "views", "points", "steps", "sh_every", "views_per_step", "tile", "frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        for name in ("soft_ratio", "hard_ratio"):
+            _check_ratio(getattr(self, name), "--" + name.replace("_", "-"))
+        _check_choice("tiles", self.tiles, TILES)
+        if self.lr_scale <= 0:
+            raise ValueError(f"--lr-scale must be positive, got {self.lr_scale}")
+
+
+PRESETS = {
+    "laptop": {},
+    "gpu": {
+        "size": 800, "views": 120, "points": 100_000, "steps": 7000, "lr_scale": 1.0, "sh_degree": 3, "sh_every": 1000,
+        "max_gaussians": 2_000_000, "tile": 16,
+    },
+    "paper": {
+        "points": 100_000, "steps": 30_000, "lr_scale": 1.0, "sh_degree": 3, "sh_every": 1000, "soft_ratio": 0.8,
+        "hard_ratio": 0.3, "max_gaussians": 20_000_000, "tile": 16, "save_every": 5000,
+    },
+}  # fmt: skip
+
+
+def _check_choice(what: str, given: str, choices: Sequence[str]) -> None:
+    if given not in choices:
+        raise ValueError(f"unknown {what} {given!r}; choose from {', '.join(choices)}")
+
+
+def _check_ratio(ratio: float, what: str = "ratio") -> None:
+    if not 0 <= ratio < 1:
+        raise ValueError(f"{what} must be in [0, 1), got {ratio}. 0 keeps every Gaussian; all cannot be removed.")
+
+
+# ---- the method: from Gaussians to splats
+#
+# N     Gaussians                        u, v     centre of the projected Gaussian, pixel centres on integers
+# Sigma covariance, R diag(s)^2 R'       a, b, c  its 2D covariance [a b; b c] after the dilation by 0.3 pixel^2
+# o     opacity                          A, B, C  the conic, inverse of the 2D covariance
+#
+# alpha = min(0.99, o exp(-(A dx^2 + C dy^2) / 2 - B dx dy)),  not blended below 1/255    (arXiv:2308.04079, Sec. 4, 6)
+
+NEAR, DILATION = 0.2, 0.3
+ALPHA_MIN, ALPHA_MAX, T_STOP = 1 / 255, 0.99, 1e-4
+RAW = ("means", "sh_dc", "sh_rest", "opacity", "scale", "quat")  # a model's tensors, before their activations
+RATES = {"means": 1.6e-4, "sh_dc": 2.5e-3, "sh_rest": 2.5e-3 / 20, "opacity": 5e-2, "scale": 5e-3, "quat": 1e-3}
+SH_C0, SH_C1 = 0.28209479177387814, 0.4886025119029199
+SH_C2 = (1.0925484305920792, -1.0925484305920792, 0.31539156525252005, -1.0925484305920792, 0.5462742152960396)
+SH_C3 = (-0.5900435899266435, 2.890611442640554, -0.4570457994644658, 0.3731763325901154, -0.4570457994644658,
+         1.445305721320277, -0.5900435899266435)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Camera:
+    """viewmat (4, 4) world-to-camera, x right, y down, z forward; focal lengths and principal point in pixels."""
+
+    viewmat: Tensor
+    fx: float
+    fy: float
+    cx: float
+    cy: float
+    width: int
+    height: int
+
+    @property
+    def centre(self) -> Tensor:
+        return -self.viewmat[:3, :3].T @ self.viewmat[:3, 3]
+
+    def to(self, like: Tensor) -> "Camera":
+        return replace(self, viewmat=self.viewmat.to(like))
+
+
+class GaussianModel:
+    """N Gaussians as raw parameters: means (N, 3), sh_dc (N, 1, 3), sh_rest (N, k, 3), opacity (N, 1), scale (N, 3),
+    quat (N, 4). Activations: sigmoid of opacity, exp of scale, quat normalised (w, x, y, z), colour = SH + 0.5."""
+
+    def __init__(self, **raw: Tensor):
+        for name in RAW:
+            setattr(self, name, nn.Parameter(raw[name].detach().clone()))
+
+    def __len__(self) -> int:
+        return len(self.means)
+
+    @property
+    def raw(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in RAW}
+
+    @property
+    def degree(self) -> int:
+        """SH degree that sh_rest holds: 0, 3, 8 or 15 coefficients beside the constant one."""
+        return math.isqrt(self.sh_rest.shape[1] + 1) - 1
+
+    def to(self, *where) -> "GaussianModel":
+        return GaussianModel(**{k: v.to(*where) for k, v in self.raw.items()})
+
+    @classmethod
+    def from_points(cls, points: Tensor, rgb: Tensor, extent: float, sh_degree: int = 3) -> "GaussianModel":
+        """One round Gaussian of opacity 0.1 per point (N, 3) with colour rgb (N, 3) in 0..1, sized by its neighbours."""
+        points, rgb = torch.as_tensor(points).float(), torch.as_tensor(rgb)
+        rgb = rgb.float() / 255 if rgb.dtype == torch.uint8 else rgb.float()
+        n = len(points)
+        if n == 0:
+            raise BadInput("no points to start from. Give points, or --init random.")
+        side = knn_mean_sq_dist(points).clamp(min=1e-7).sqrt() if n > 1 else torch.full((1,), 0.01 * extent)
+        return cls(
+            means=points, sh_dc=((rgb - 0.5) / SH_C0)[:, None], sh_rest=torch.zeros(n, (sh_degree + 1) ** 2 - 1, 3),
+            opacity=torch.full((n, 1), math.log(0.1 / 0.9)), scale=repeat(side.log(), "n -> n three", three=3),
+            quat=torch.tensor([1.0, 0, 0, 0]).repeat(n, 1),
+        )  # fmt: skip
+
+    @classmethod
+    def from_ply(cls, path: str | Path) -> "GaussianModel":
+        """A 3DGS .ply. BadInput: not one, truncated, or a value that no Gaussian can have."""
+        return _model_from_ply(cls, Path(path))
+
+    def save_ply(self, path: str | Path) -> None:
+        """The 62-float layout that viewers read: f_rest channel by channel, always of degree 3."""
+        _model_to_ply(self, Path(path))
+
+    def change(self, fn: Callable[[str, Tensor, bool], Tensor], optimizer: torch.optim.Optimizer | None) -> None:
+        """Replace each raw tensor x by fn(name, x, False), and Adam's moments m by fn(name, m, True)."""
+        for name in RAW:
+            old = getattr(self, name)
+            new = nn.Parameter(fn(name, old.detach(), False))
+            setattr(self, name, new)
+            for group in optimizer.param_groups if optimizer else ():
+                if group["params"][0] is old:
+                    state = optimizer.state.pop(old, {})
+                    optimizer.state[new] = {k: fn(name, m, True) if k != "step" else m for k, m in state.items()}
+                    group["params"][0] = new
+
+    def keep(self, mask: Tensor, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Drop the Gaussians where mask (N,) is False."""
+        self.change(lambda name, x, moment: x[mask], optimizer)
+
+
+def knn_mean_sq_dist(points: Tensor, k: int = 3, chunk: int = 1024) -> Tensor:
+    """Mean squared distance from each of (N, 3) points to its k nearest others, or to all others if fewer: (N,)."""
+    k = min(k, len(points) - 1)
+    near = [torch.cdist(p, points, compute_mode="donot_use_mm_for_euclid_dist") for p in points.split(chunk)]
+    return torch.cat([d.topk(k + 1, largest=False).values[:, 1:].square().mean(dim=1) for d in near])
+
+
+def rotation(quat: Tensor) -> Tensor:
+    """Rotation matrices (N, 3, 3) of quaternions (N, 4), w first, of any length."""
+    w, x, y, z = F.normalize(quat, dim=-1).unbind(-1)
+    entries = [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
+               2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
+               2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]  # fmt: skip
+    return rearrange(torch.stack(entries, dim=-1), "n (i j) -> n i j", i=3)
+
+
+def sh_basis(d: Tensor, degree: int) -> Tensor:
+    """Real spherical harmonics of unit directions d (N, 3): (N, (degree + 1)^2)."""
+    x, y, z = d.unbind(-1)
+    basis = [torch.full_like(x, SH_C0)]
+    if degree > 0:
+        basis += [-SH_C1 * y, SH_C1 * z, -SH_C1 * x]
+    if degree > 1:
+        xx, yy, zz, c = x * x, y * y, z * z, SH_C2
+        basis += [c[0] * x * y, c[1] * y * z, c[2] * (2 * zz - xx - yy), c[3] * x * z, c[4] * (xx - yy)]
+    if degree > 2:
+        c = SH_C3
+        basis += [c[0] * y * (3 * xx - yy), c[1] * x * y * z, c[2] * y * (4 * zz - xx - yy)]
+        basis += [c[3] * z * (2 * zz - 3 * xx - 3 * yy), c[4] * x * (4 * zz - xx - yy)]
+        basis += [c[5] * z * (xx - yy), c[6] * x * (xx - 3 * yy)]
+    return torch.stack(basis, dim=-1)
+
+
+class Splats(NamedTuple):
+    mean2d: Tensor  # (N, 2) u, v
+    depth: Tensor  # (N,)
+    conic: Tensor  # (N, 3) A, B, C
+    opacity: Tensor  # (N,)
+    color: Tensor  # (N, 3)
+    visible: Tensor  # (N,) bool: in front of the near plane, of a finite and positive shape
+
+
+def project(model: GaussianModel, camera: Camera, sh_degree: int | None = None) -> Splats:
+    """Project every Gaussian (EWA, Eq. 5 of arXiv:2308.04079). Rows that are not visible hold harmless values."""
+    degree = model.degree if sh_degree is None else min(sh_degree, model.degree)
+    camera = camera.to(model.means)
+    sane = torch.isfinite(torch.cat([x.detach().flatten(1) for x in model.raw.values()], dim=1).sum(dim=1))
+    sane = sane & (model.quat.detach().norm(dim=1) > 1e-12)
+    whole = lambda x, other: x if bool(sane.all()) else torch.where(sane.view(-1, *[1] * (x.ndim - 1)), x, other)
+    means, Rc = whole(model.means, 0.0), camera.viewmat[:3, :3]
+    p = means @ Rc.T + camera.viewmat[:3, 3]  # (N, 3)
+    visible = sane & (p[:, 2].detach() > NEAR)
+    x, y, z = torch.where(visible[:, None], p, 1.0).unbind(-1)
+    mean2d = torch.stack([camera.fx * x / z + camera.cx - 0.5, camera.fy * y / z + camera.cy - 0.5], dim=-1)
+    margin_x, margin_y = 0.15 * camera.width / camera.fx, 0.15 * camera.height / camera.fy  # 0.3 tan of the half angle
+    tx = z * (x / z).clamp(-camera.cx / camera.fx - margin_x, (camera.width - camera.cx) / camera.fx + margin_x)
+    ty = z * (y / z).clamp(-camera.cy / camera.fy - margin_y, (camera.height - camera.cy) / camera.fy + margin_y)
+    J = torch.stack(
+        [camera.fx / z, 0 * z, -camera.fx * tx / z**2, 0 * z, camera.fy / z, -camera.fy * ty / z**2], dim=-1
+    )
+    T = rearrange(J, "n (i j) -> n i j", i=2) @ Rc  # (N, 2, 3)
+    unit = model.quat.new_tensor([1.0, 0, 0, 0])
+    M = T @ rotation(whole(model.quat, unit)) * whole(model.scale, 0.0).exp()[:, None]  # (N, 2, 3), T R diag(s)
+    a = M[:, 0].square().sum(-1) + DILATION
+    b = (M[:, 0] * M[:, 1]).sum(-1)
+    c = M[:, 1].square().sum(-1) + DILATION
+    det = a * c - b * b
+    visible = visible & torch.isfinite(det.detach()) & (det.detach() > 0)
+    good = lambda t, other: torch.where(visible, t, other)
+    conic = torch.stack([good(c, 1.0), good(-b, 0.0), good(a, 1.0)], dim=-1) / good(det, 1.0)[:, None]
+    sh = torch.cat([model.sh_dc, model.sh_rest[:, : (degree + 1) ** 2 - 1]], dim=1)  # (N, K, 3)
+    basis = sh_basis(F.normalize(means - camera.centre, dim=-1), degree)
+    color = (torch.einsum("nk,nkc->nc", basis, whole(sh, 0.0)) + 0.5).clamp(min=0)
+    return Splats(mean2d, z, conic, torch.sigmoid(whole(model.opacity, 0.0)).flatten(), color, visible)
+
+
+# ---- the method: which tiles a Gaussian touches
+#
+# t = 2 ln(255 o)                                     the ellipse A dx^2 + 2 B dx dy + C dy^2 = t is where alpha = 1/255
+# ex = sqrt(t a), ey = sqrt(t c)                      its half extents: SnugBox (Sec. 4.1)
+# ys = -(B / C) ex                                    height of its right-most point; the left-most is at -ys
+
+MAX_PAIRS = 2**31 - 1
+GUARD = 1e-5  # t grows by it, so that rounding can add a tile but never lose one
+
+
+def tile_pairs(
+    mean2d: Tensor, conic: Tensor, opacity: Tensor, width: int, height: int, tile: int = 16, mode: str = "accutile"
+) -> tuple[Tensor, Tensor]:
+    """All (tile, Gaussian) pairs, Gaussian by Gaussian: tile_id (P,), row-major in the grid, and gaussian_id (P,).
+
+    vanilla: the square of 3 standard deviations. snugbox: the box of the ellipse. accutile: exactly the tiles whose
+    square the ellipse meets, row by row (Sec. 4.2). pixel: those where it meets the hull of the pixel centres.
+    ValueError: unknown mode, or more than 2^31 - 1 pairs.
+    """
+    _check_choice("tiles", mode, TILES)
+    u, v = mean2d.detach().double().unbind(-1)  # double: a needle's sums cancel in float
+    A, B, C = conic.detach().double().unbind(-1)
+    o, D = opacity.detach().double().flatten(), A * C - B * B
+    kept = torch.isfinite(u + v + A + B + C + o) & (A > 0) & (C > 0) & (D > 0)
+    columns, rows, reach = -(-width // tile), -(-height // tile), tile - 1 if mode == "pixel" else tile
+    if mode == "vanilla":
+        mid = (A + C) / (2 * D)
+        ex = ey = (3 * (mid + (mid**2 - 1 / D).clamp(min=0.1).sqrt()).sqrt()).ceil()
+        span = lambda x, e: (((x - e) / tile).trunc(), ((x + e + tile - 1) / tile).trunc() - 1)
+    else:
+        kept = kept & (o >= ALPHA_MIN)
+        t = 2 * (255 * o).log().clamp(min=0) * (1 + GUARD) + GUARD
+        ex, ey = (t * C / D).sqrt(), (t * A / D).sqrt()
+        first = lambda x: ((x - reach) / tile).ceil() if mode == "pixel" else (x / tile).floor()
+        span = lambda x, e: (first(x - e), ((x + e) / tile).floor())
+    low, high = span(v, ey)
+    low, high = low.clamp(0, rows), high.clamp(-1, rows - 1)
+    n_rows = torch.where(kept, (high - low + 1).clamp(min=0), 0).long()  # (N,)
+    g = torch.repeat_interleave(n_rows)  # (R,) the Gaussian of each tile row
+    r = low[g] + torch.arange(len(g), device=g.device) - (n_rows.cumsum(0) - n_rows)[g]
+    if mode in ("vanilla", "snugbox"):
+        left, right = (x[g] for x in span(u, ex))
+    else:
+        u, v, A, B, C, D, t, ex, ey = (x[g] for x in (u, v, A, B, C, D, t, ex, ey))
+        y0, y1 = torch.maximum(tile * r - v, -ey), torch.minimum(tile * r + reach - v, ey)
+        ys = -B / C * ex
+        edge = lambda h, sign: u + (sign * (t * A - D * h**2).clamp(min=0).sqrt() - B * h) / A
+        right = (edge(torch.minimum(torch.maximum(ys, y0), y1), 1) / tile).floor()
+        left = first(edge(torch.minimum(torch.maximum(-ys, y0), y1), -1))
+        right = torch.where(y1 < y0, -1, right)
+    left, right = left.clamp(0, columns), right.clamp(-1, columns - 1)
+    n = (right - left + 1).clamp(min=0).long()  # (R,)
+    total = int(n.sum())
+    if total > MAX_PAIRS:
+        most = int(torch.zeros_like(n_rows).index_add_(0, g, n).max())
+        raise ValueError(
+            f"{len(mean2d)} Gaussians make {total} pairs with tiles, over {MAX_PAIRS}; the largest touches {most} "
+            f"tiles. Prune, lower the image size, or use larger tiles."
+        )
+    row = torch.repeat_interleave(n)  # (P,)
+    column = left[row].long() + torch.arange(total, device=g.device) - (n.cumsum(0) - n)[row]
+    return r[row].long() * columns + column, g[row]
+
+
+def bin_pairs(s: Splats, width: int, height: int, tile: int, mode: str) -> tuple[Tensor, Tensor]:
+    """Pairs sorted by tile, then depth, then index: Gaussians ids (P,), and where each tile's list starts (tiles + 1,).
+
+    One sort of the depths and one stable sort of the short tile ids, instead of one of long joint keys.
+    """
+    order = s.visible.nonzero().flatten()
+    order = order[torch.argsort(s.depth.detach()[order], stable=True)]
+    tile_id, g = tile_pairs(s.mean2d[order], s.conic[order], s.opacity[order], width, height, tile, mode)
+    tile_id, by = torch.sort(tile_id.int(), stable=True)
+    tiles = -(-width // tile) * -(-height // tile)
+    edges = torch.arange(tiles + 1, device=order.device, dtype=tile_id.dtype)
+    return order[g[by]], torch.searchsorted(tile_id, edges)
+
+
+# ---- the method: blending
+#
+# Inside a tile the exponent is a quadratic in the pixel's offset (x, y) from the tile's centre, so it is a product of the
+# basis 1, x, y, x^2, y^2, xy with six coefficients per pair, and all nine gradients are moments of one matrix h.
+
+SLAB = 64  # list entries at a time
+KEEP = 2**25  # elements that the forward pass keeps for the backward pass; above, it computes them again
+
+
+class Slab(NamedTuple):
+    """A piece of some tiles' lists: t tiles, their P pixels, K entries from front to back."""
+
+    tiles: Tensor  # (t,)
+    entry: Tensor  # (t, K) row of the table; the last row is a Gaussian of opacity 0
+    raw: Tensor  # (t, P, K) o G
+    alpha: Tensor  # (t, P, K) clamped, and 0 below 1/255
+    w: Tensor  # (t, P, K) alpha T, 0 behind the stop
+
+
+def _below(x: float, dtype: torch.dtype) -> float:
+    """The number before x, to turn > into >=."""
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    return float(np.nextafter(kind(x), kind(0)))
+
+
+def _offsets(tile: int, like: Tensor) -> Tensor:
+    """The basis at the pixels of a tile, (P, 6)."""
+    at = torch.arange(tile, device=like.device, dtype=like.dtype) - (tile - 1) / 2
+    y, x = (q.flatten() for q in torch.meshgrid(at, at, indexing="ij"))
+    return torch.stack([torch.ones_like(x), x, y, x * x, y * y, x * y], dim=1)
+
+
+def _from_centre(table: Tensor, entry: Tensor, tiles: Tensor, tile: int, columns: int) -> tuple[Tensor, ...]:
+    """dx, dy from the tiles' centres to the splats, and A, B, C, ln o: six of (t, K)."""
+    u, v, A, B, C, log_o = table[entry][..., :6].unbind(-1)
+    middle = (tile - 1) / 2
+    return (
+        u - (tiles % columns * tile + middle)[:, None],
+        v - (tiles // columns * tile + middle)[:, None],
+        A,
+        B,
+        C,
+        log_o,
+    )
+
+
+def _slabs(table: Tensor, ids: Tensor, starts: Tensor, tile: int, columns: int):
+    """Yield the Slabs of all tiles, similar lengths together, each tile's front to back until all its pixels stop."""
+    basis, pixels = _offsets(tile, table), tile * tile
+    lengths = starts.diff()
+    order = torch.argsort(lengths, descending=True, stable=True)
+    longest, at = lengths[order].tolist(), 0
+    group = max(1, (2**16 if table.device.type == "cpu" else 2**24) // (pixels * SLAB))
+    small, stop = _below(ALPHA_MIN, table.dtype), _below(T_STOP, table.dtype)
+    while at < len(longest) and longest[at]:
+        tiles, T = order[at : at + group], None
+        for first in range(0, longest[at], SLAB):
+            slot = starts[tiles, None] + torch.arange(first, min(first + SLAB, longest[at]), device=ids.device)
+            entry = torch.where(slot < starts[tiles + 1, None], ids[slot.clamp(max=len(ids) - 1)], len(table) - 1)
+            dx, dy, A, B, C, log_o = _from_centre(table, entry, tiles, tile, columns)
+            power = log_o - (A * dx * dx + C * dy * dy) / 2 - B * dx * dy
+            parts = [power, A * dx + B * dy, C * dy + B * dx, -A / 2, -C / 2, -B]
+            raw = (basis @ torch.stack(parts, dim=1)).exp_()  # (t, P, 6) @ (t, 6, K)
+            alpha = F.threshold(raw.clamp(max=ALPHA_MAX), small, 0.0)
+            rest = 1 - alpha
+            after = rest.cumprod(dim=-1)
+            if T is not None:
+                after *= T
+            yield Slab(tiles, entry, raw, alpha, alpha * F.threshold(after, stop, 0.0).div_(rest))
+            T = after[..., -1:]
+            if first + SLAB < longest[at] and float(T.max()) < T_STOP:  # no pixel of any of these tiles goes on
+                break
+        at += group
+
+
+def _alpha_gradient(slab: Slab, color: Tensor, g: Tensor, ahead: Tensor) -> Tensor:
+    """alpha dL/dalpha of a slab, (t, P, K), from dL/dlayer g (t, P, 4) and the colours (t, K, 4) of its entries.
+
+    dL/dalpha_i = T_i g.c_i - (sum over j > i of w_j g.c_j) / (1 - alpha_i); `ahead` (t, P, 1) holds that sum over all j
+    of this slab and behind, and is left at the sum over those behind it.
+    """
+    s = slab.w * (g @ color.mT)
+    seen = s.cumsum(dim=-1)
+    h = s - (ahead - seen) * (slab.alpha / (1 - slab.alpha))
+    ahead -= seen[..., -1:]
+    return h.mul_(slab.w.sign())  # nothing reaches what is not blended
+
+
+class Blend(torch.autograd.Function):
+    """Blend splats front to back into (tiles, P, 4): colour on black, and coverage 1 - T_final.
+
+    The table (N + 1, 10) holds u, v, A, B, C, ln o, r, g, b, 1; its last row pads lists that are shorter than others.
+    """
+
+    @staticmethod
+    def forward(ctx, table, ids, starts, tile, columns):
+        layer, kept = table.new_zeros(len(starts) - 1, tile * tile, 4), []
+        keep = ctx.needs_input_grad[0] and len(ids) * tile * tile <= KEEP
+        for slab in _slabs(table, ids, starts, tile, columns):
+            layer[slab.tiles] += slab.w @ table[slab.entry][..., 6:]
+            kept += [slab] if keep else []
+        ctx.save_for_backward(table, ids, starts, layer)
+        ctx.kept, ctx.grid = kept, (tile, columns)
+        return layer
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        table, ids, starts, layer = ctx.saved_tensors
+        basis, grad = _offsets(ctx.grid[0], table), torch.zeros_like(table)
+        ahead = (g * layer).sum(dim=-1, keepdim=True)  # (tiles, P, 1)
+        for slab in ctx.kept or _slabs(table, ids, starts, *ctx.grid):
+            color, g_here, left = table[slab.entry][..., 6:], g[slab.tiles], ahead[slab.tiles]
+            h = _alpha_gradient(slab, color, g_here, left)
+            ahead[slab.tiles] = left
+            h *= slab.raw.clamp(min=ALPHA_MAX).div_(ALPHA_MAX)  # straight through the clamp at 0.99
+            m = basis.T @ h  # (t, 6, K)
+            m0, m1, m2, m3, m4, m5 = m.unbind(1)
+            dx, dy, A, B, C, _ = _from_centre(table, slab.entry, slab.tiles, *ctx.grid)
+            parts = [
+                A * (m1 - dx * m0) + B * (m2 - dy * m0), C * (m2 - dy * m0) + B * (m1 - dx * m0),
+                dx * m1 - (dx * dx * m0 + m3) / 2, dy * m1 + dx * m2 - dx * dy * m0 - m5,
+                dy * m2 - (dy * dy * m0 + m4) / 2, m0,
+            ]  # fmt: skip
+            rows = torch.cat([torch.stack(parts, dim=-1), slab.w.mT @ g_here], dim=-1)  # (t, K, 10)
+            grad.index_add_(0, slab.entry.flatten(), rows.flatten(0, 1))
+        return grad, None, None, None, None
+
+
+def _table(s: Splats) -> Tensor:
+    """(N + 1, 10), as Blend takes it. A transparent splat gets ln o = -1e4, so that its weight is 0 and not NaN."""
+    log_o = torch.where(s.opacity > 1e-30, s.opacity, 1.0).log() - 1e4 * (s.opacity <= 1e-30)
+    rows = torch.cat([s.mean2d, s.conic, log_o[:, None], s.color, torch.ones_like(s.color[:, :1])], dim=1)
+    pad = rows.new_zeros(1, 10)
+    pad[0, 5] = -1e4
+    return torch.cat([rows, pad])
+
+
+class Render(NamedTuple):
+    image: Tensor  # (H, W, 3)
+    final_T: Tensor  # (H, W)
+    mean2d: Tensor  # (N, 2); its .grad is there after a backward pass
+    n_tiles: Tensor  # (N,) tiles of each Gaussian; 0 for those culled
+    pairs: int
+
+
+def use_triton(backend: str, device: torch.device) -> bool:
+    """Whether to take the Triton kernels. ValueError: an unknown backend, or no Triton here."""
+    _check_choice("backend", backend, BACKENDS)
+    if backend == "triton" and not kernels.available(device):
+        raise ValueError(f"backend triton needs a GPU and the package triton; here is {device}. Use backend torch.")
+    return backend == "triton" or (backend == "auto" and device.type == "cuda" and kernels.available(device))
+
+
+def render(
+    model: GaussianModel, camera: Camera, *, background=(0.0, 0.0, 0.0), tiles: str = "accutile", backend: str = "auto",
+    sh_degree: int | None = None, tile: int = 16,
+) -> Render:  # fmt: skip
+    """The image of the model seen by the camera, differentiable in the model's raw parameters and the background.
+
+    ValueError: unknown tiles or backend, or too many pairs.
+    """
+    _check_choice("tiles", tiles, TILES)
+    use_triton(backend, model.means.device)
+    s = project(model, camera, sh_degree)
+    if s.mean2d.requires_grad:
+        s.mean2d.retain_grad()
+    return rasterize(s, camera.width, camera.height, background, tiles, backend, tile)
+
+
+def rasterize(s: Splats, width: int, height: int, background, tiles: str, backend: str, tile: int) -> Render:
+    """Tiles, order and blending of projected Gaussians."""
+    if use_triton(backend, s.mean2d.device):
+        layer, n_tiles, pairs = kernels.rasterize(s, width, height, tile, tiles)
+    else:
+        ids, starts = bin_pairs(s, width, height, tile, tiles)
+        columns = -(-width // tile)
+        layer = Blend.apply(_table(s), ids, starts, tile, columns)
+        layer = rearrange(layer, "(r c) (y x) d -> (r y) (c x) d", c=columns, y=tile)[:height, :width]
+        n_tiles, pairs = torch.bincount(ids, minlength=len(s.mean2d)), len(ids)
+    final_T = 1 - layer[..., 3]
+    image = layer[..., :3] + final_T[..., None] * torch.as_tensor(background).to(layer)
+    return Render(image, final_T, s.mean2d, n_tiles, pairs)
+
+
+def render_dense(model: GaussianModel, camera: Camera, background=(0.0, 0.0, 0.0), sh_degree=None) -> Tensor:
+    """Every pixel against every Gaussian, without tiles: the definition, (H, W, 3). The exact reference of the tests."""
+    s = project(model, camera, sh_degree)
+    order = s.visible.nonzero().flatten()
+    order = order[torch.argsort(s.depth.detach()[order], stable=True)]
+    i, j = torch.meshgrid(torch.arange(camera.height), torch.arange(camera.width), indexing="ij")
+    at = torch.stack([j, i], dim=-1).reshape(-1, 1, 2).to(s.mean2d)  # (P, 1, 2)
+    dx, dy = (s.mean2d[order] - at).unbind(-1)  # (P, N)
+    A, B, C = s.conic[order].unbind(-1)
+    raw = s.opacity[order] * (-(A * dx * dx + C * dy * dy) / 2 - B * dx * dy).exp()
+    alpha = raw + (raw.clamp(max=ALPHA_MAX) - raw).detach()
+    alpha = torch.where(alpha >= ALPHA_MIN, alpha, 0.0)
+    after = (1 - alpha).cumprod(dim=1)
+    alpha = torch.where(after >= T_STOP, alpha, 0.0)
+    after = (1 - alpha).cumprod(dim=1)
+    w = alpha * torch.cat([torch.ones_like(after[:, :1]), after[:, :-1]], dim=1)
+    image = w @ s.color[order] + (1 - w.sum(dim=1, keepdim=True)) * torch.as_tensor(background).to(w)
+    return image.reshape(camera.height, camera.width, 3)
+
+
+# ---- the method: pruning
+
+
+@torch.no_grad()
+def prune_scores(
+    model: GaussianModel, cameras: Sequence[Camera], background=(0.0, 0.0, 0.0), channels: str = "sum", *,
+    sh_degree: int | None = None, tiles: str = "accutile", backend: str = "auto", tile: int = 16,
+) -> Tensor:  # fmt: skip
+    """The efficient score (Sec. 5.1), (N,): sum over views and pixels of (dI/dg)^2, g the projected Gaussian's value.
+
+    channels: sum squares after adding the colours' derivatives, as the released program does; separate before it.
+    """
+    _check_choice("channels", channels, CHANNELS)
+    score = torch.zeros_like(model.means[:, 0])
+    background = torch.as_tensor(background).to(score)
+    eye = torch.eye(3).to(score)
+    for camera in cameras:
+        s = project(model, camera, sh_degree)
+        for pick in eye.sum(dim=0, keepdim=True) if channels == "sum" else eye:  # dL/dI, the same at every pixel
+            g = torch.cat([pick, -(pick * background).sum()[None]])  # and dL/dcoverage
+            if use_triton(backend, s.mean2d.device):
+                score += kernels.score(s, camera.width, camera.height, tile, tiles, g)
+            else:
+                score += _score(s, camera.width, camera.height, tile, tiles, g)
+    return score
+
+
+def _score(s: Splats, width: int, height: int, tile: int, tiles: str, g: Tensor) -> Tensor:
+    """One view's sum over pixels of (o dL/dalpha)^2, for the same g (4,) at every pixel."""
+    ids, starts = bin_pairs(s, width, height, tile, tiles)
+    table, columns = _table(s), -(-width // tile)
+    inside = g.new_zeros(-(-height // tile) * tile, columns * tile, 1)
+    inside[:height, :width] = 1  # pixels beyond the border do not count
+    g = rearrange(inside, "(r y) (c x) d -> (r c) (y x) d", y=tile, x=tile) * g  # (tiles, P, 4)
+    ahead = (Blend.apply(table, ids, starts, tile, columns) * g).sum(dim=-1, keepdim=True)
+    score = table.new_zeros(len(table))
+    for slab in _slabs(table, ids, starts, tile, columns):
+        left = ahead[slab.tiles]
+        h = _alpha_gradient(slab, table[slab.entry][..., 6:], g[slab.tiles], left)
+        ahead[slab.tiles] = left
+        q = (h / slab.alpha.clamp(min=ALPHA_MIN)).square().sum(dim=1) * table[slab.entry][..., 5].exp().square()
+        score.index_add_(0, slab.entry.flatten(), q.flatten())
+    return score[:-1]
+
+
+def prune_mask(scores: Tensor, ratio: float) -> Tensor:
+    """Which Gaussians stay, (N,) bool: those above the int(ratio (N - 1))-th lowest score. BadInput: none would."""
+    _check_ratio(ratio)
+    if ratio == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    n = len(scores)
+    scores = scores.nan_to_num(nan=-math.inf)
+    keep = scores > scores.sort().values[int(ratio * (n - 1))] if n else torch.zeros(0, dtype=torch.bool)
+    if not keep.any():
+        raise BadInput(f"prune would remove all {n} Gaussians at ratio {ratio}: their scores tie. Lower the ratio.")
+    return keep
+
+
+def prune(model: GaussianModel, optimizer: torch.optim.Optimizer | None, scores: Tensor, ratio: float) -> int:
+    """Remove the lowest-scored part of the Gaussians, ties included, with their Adam moments. Returns how many went."""
+    keep = prune_mask(scores, ratio)
+    model.keep(keep, optimizer)
+    return int((~keep).sum())
+
+
+# ---- 3D-GS: loss, densification, schedule
+
+
+def _blur(x: Tensor) -> Tensor:
+    """11 x 11 Gaussian window, sigma 1.5, zeros outside: x (B, H, W)."""
+    k = torch.exp(-((torch.arange(11, device=x.device) - 5.0) ** 2) / (2 * 1.5**2)).to(x.dtype)
+    k = k / k.sum()
+    x = F.conv2d(x[:, None], k.view(1, 1, 1, 11), padding=(0, 5))
+    return F.conv2d(x, k.view(1, 1, 11, 1), padding=(5, 0))[:, 0]
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of two images (H, W, 3) or (3, H, W): the mean over pixels and channels."""
+    a, b = (x.movedim(-1, 0) if x.shape[-1] == 3 else x for x in (a, b))
+    mu_a, mu_b, aa, bb, ab = _blur(torch.cat([a, b, a * a, b * b, a * b])).chunk(5)
+    c1, c2 = 0.01**2, 0.03**2
+    top = (2 * mu_a * mu_b + c1) * (2 * (ab - mu_a * mu_b) + c2)
+    return (top / ((mu_a**2 + mu_b**2 + c1) * (aa - mu_a**2 + bb - mu_b**2 + c2))).mean()
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """-10 log10 of the mean squared error, images clamped to 0..1."""
+    return -10 * torch.log10((a.clamp(0, 1) - b.clamp(0, 1)).square().mean())
+
+
+def image_loss(image: Tensor, truth: Tensor) -> Tensor:
+    """0.8 L1 + 0.2 (1 - SSIM), Eq. 7 of arXiv:2308.04079."""
+    return 0.8 * (image - truth).abs().mean() + 0.2 * (1 - ssim(image, truth))
+
+
+def position_lr(i: int, steps: int = 30_000) -> float:
+    """Log-linear from 1.6e-4 to 1.6e-6 over the run, before the scene extent's factor."""
+    t = min(max(i / steps, 0), 1)
+    return math.exp((1 - t) * math.log(1.6e-4) + t * math.log(1.6e-6))
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When what happens, in steps counted from 1. At 30000 steps these are the paper's numbers; they scale with it."""
+
+    densify: frozenset
+    reset: frozenset
+    soft: frozenset
+    hard: frozenset
+    densify_until: int
+    large: int  # from here on Gaussians that are large in space are removed
+
+    @classmethod
+    def of(cls, steps: int, white: bool = False) -> "Schedule":
+        at = lambda i: round(i * steps / 30_000)
+        every, until = max(25, at(100)), at(15_000)
+        soft = {at(i) for i in (6000, 9000, 12_000)}
+        reset = {at(3000), *soft} if at(3000) >= 60 else set()  # recovery from a reset takes so many steps
+        if white and reset:
+            reset.add(at(500))
+        grow = {i for i in range(every, until, every) if i > at(500)} | soft
+        hard = {at(i) for i in range(15_000, 30_000, 3000)}
+        return cls(*(frozenset(x) for x in (grow, reset, soft, hard)), until, at(3000))
+
+
+@torch.no_grad()
+def densify(
+    model: GaussianModel, optimizer, gradient: Tensor, extent: float, noise: Callable[[int], Tensor], room: int,
+    drop_large: bool,
+) -> tuple[int, int, int]:  # fmt: skip
+    """Clone small and split large Gaussians whose mean gradient (N,) is 2e-4 or more, then drop faint ones.
+
+    noise(N) gives (N, 2, 3) normal numbers, `room` is how many may be added. Returns (cloned, split, dropped).
+    """
+    chosen = gradient >= 2e-4
+    if int(chosen.sum()) > room:  # the largest gradients first
+        chosen = torch.zeros_like(chosen).index_fill_(0, gradient.topk(max(0, room)).indices, True) & chosen
+    s = model.scale.exp()
+    small = s.amax(dim=1) <= 0.01 * extent
+    clone, split = chosen & small, chosen & ~small
+    spread = noise(len(model)).to(s)[split] * s[split, None]  # (n, 2, 3)
+    shift = torch.einsum("nij,nkj->nki", rotation(model.quat[split]), spread)
+
+    def grown(name: str, x: Tensor, moment: bool) -> Tensor:
+        new = torch.cat([x[clone], x[split].repeat_interleave(2, dim=0)])
+        if moment:
+            new = torch.zeros_like(new)
+        elif name == "means":
+            new[len(new) - 2 * len(shift) :] += shift.flatten(0, 1)
+        elif name == "scale":
+            new[len(new) - 2 * len(shift) :] -= math.log(1.6)
+        return torch.cat([x[~split], new])
+
+    model.change(grown, optimizer)
+    whole = torch.isfinite(torch.cat([x.flatten(1) for x in model.raw.values()], dim=1).sum(dim=1))
+    keep = (torch.sigmoid(model.opacity).flatten() >= 0.005) & whole & (model.quat.norm(dim=1) > 1e-12)
+    if drop_large:
+        keep &= model.scale.exp().amax(dim=1) <= 0.1 * extent
+    model.keep(keep, optimizer)
+    return int(clone.sum()), int(split.sum()), int((~keep).sum())
+
+
+@torch.no_grad()
+def reset_opacity(model: GaussianModel, optimizer) -> None:
+    """Opacities fall to at most 0.01, and their Adam moments to 0."""
+    model.opacity.data.clamp_(max=math.log(0.01 / 0.99))
+    model.opacity.grad = None
+    for name, moment in optimizer.state.get(model.opacity, {}).items():
+        if name != "step":
+            moment.zero_()
+
+
+# ---- data: what a scene is, and the ray-traced one
+
+
+@dataclass
+class Dataset:
+    """Views and points. `images[i]` is (H, W, 3) in 0..1, read when asked for. `test` are the held-out views."""
+
+    cameras: list[Camera]
+    images: Sequence
+    points: Tensor  # (n, 3)
+    rgb: Tensor  # (n, 3) in 0..1
+    extent: float  # 1.1 x the largest distance of a training camera from their mean
+    names: list[str]
+    test: list[int] = field(default_factory=list)
+    background: tuple = (0.0, 0.0, 0.0)
+
+    @property
+    def train(self) -> list[int]:
+        held = set(self.test)
+        return [i for i in range(len(self.cameras)) if i not in held]
+
+
+def scene_extent(cameras: Sequence[Camera]) -> float:
+    """1.1 x the largest distance of a camera centre from their mean; 1 where all are at one place."""
+    centres = torch.stack([c.centre.double() for c in cameras])
+    far = 1.1 * float((centres - centres.mean(dim=0)).norm(dim=1).max())
+    return far if far > 0 else 1.0
+
+
+def _dataset(cameras, images, points, rgb, names, test, background=(0.0, 0.0, 0.0)) -> Dataset:
+    train = [c for i, c in enumerate(cameras) if i not in set(test)] or cameras
+    return Dataset(cameras, images, points, rgb, scene_extent(train), names, test, background)
+
+
+SKY = (0.62, 0.74, 0.88)
+SPHERES = (  # x, y, z, radius, r, g, b
+    (0.45, 0.3, 0.5, 0.5, 0.85, 0.25, 0.2), (-0.65, 0.45, 0.35, 0.35, 0.2, 0.55, 0.85),
+    (-0.25, -0.75, 0.3, 0.3, 0.95, 0.75, 0.2), (0.75, -0.6, 0.25, 0.25, 0.35, 0.75, 0.35),
+)  # fmt: skip
+BOXES = (  # two corners, r, g, b
+    (-1.15, -0.45, 0.0, -0.75, -0.05, 0.55, 0.6, 0.35, 0.7),
+    (0.05, -0.3, 0.0, 0.35, -0.02, 0.28, 0.95, 0.93, 0.88),
+)
+FLOOR, CHECKER = 1.7, 0.8
+
+
+def _trace(origin: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First hit of rays (R, 3) with the scene: distance (R,), inf for none; normal (R, 3); colour (R, 3)."""
+    best, normal, color = torch.full_like(d[:, 0], math.inf), torch.zeros_like(d), torch.zeros_like(d)
+
+    def hit(t: Tensor, n: Tensor, paint: Tensor) -> None:
+        nonlocal best, normal, color
+        nearer = (t > 1e-4) & (t < best)
+        best = torch.where(nearer, t, best)
+        normal, color = torch.where(nearer[:, None], n, normal), torch.where(nearer[:, None], paint, color)
+
+    for *sphere, r, g, b in SPHERES:
+        away = origin - d.new_tensor(sphere[:3])
+        half, c = (away * d).sum(-1), (away * away).sum(-1) - sphere[3] ** 2
+        t = -half - torch.where(half**2 > c, half**2 - c, math.inf).sqrt()
+        t = torch.where(half**2 > c, t, math.inf)
+        hit(t, (away + t.nan_to_num(posinf=0.0)[:, None] * d) / sphere[3], d.new_tensor([r, g, b]))
+    for *box, r, g, b in BOXES:
+        near, far = ((d.new_tensor(box[k : k + 3]) - origin) / d for k in (0, 3))
+        enter, leave = torch.minimum(near, far), torch.maximum(near, far).amin(dim=1)
+        t, axis = enter.max(dim=1)
+        t = torch.where((t < leave) & (t > 0), t, math.inf)
+        face = F.one_hot(axis, 3).to(d)
+        hit(t, -d.sign() * face, d.new_tensor([r, g, b]))
+    t = -origin[:, 2] / d[:, 2]
+    x, y = (origin + t[:, None] * d)[:, :2].unbind(-1)
+    t = torch.where(x * x + y * y < FLOOR**2, t, math.inf)
+    dark = ((x / CHECKER).floor() + (y / CHECKER).floor()).remainder(2)[:, None] > 0
+    hit(
+        t,
+        d.new_tensor([0.0, 0, 1]),
+        torch.where(dark, d.new_tensor([0.35, 0.36, 0.4]), d.new_tensor([0.8, 0.78, 0.72])),
+    )
+    return best, normal, color
+
+
+LIGHTS = F.normalize(torch.tensor([[0.5, -0.4, 0.9], [0.56, -0.34, 0.9], [0.46, -0.46, 0.9], [0.5, -0.38, 0.8]]), dim=1)
+
+
+def _shade(origin: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """Colours (R, 3) of rays and the distances (R,): Lambert, a highlight, soft shadow of four lights, 0.3 ambient."""
+    t, normal, paint = _trace(origin, d)
+    color, on = torch.tensor(SKY).repeat(len(d), 1), torch.isfinite(t)
+    point, n, d = (origin + t[:, None] * d)[on], normal[on], d[on]
+    light = torch.zeros(len(point), 1)
+    shine = torch.zeros(len(point), 1)
+    for sun in LIGHTS:
+        lit = torch.isinf(_trace(point + 1e-3 * n, sun.expand_as(point))[0])[:, None]
+        light += lit * (n @ sun).clamp(min=0)[:, None] / len(LIGHTS)
+        half = F.normalize(sun - d, dim=1)  # between the light and the eye
+        shine += lit * (n * half).sum(-1, keepdim=True).clamp(min=0) ** 40 / len(LIGHTS)
+    color[on] = (paint[on] * (0.3 + 0.7 * light) + 0.15 * shine).clamp(0, 1)
+    return color, t
+
+
+def look_at(eye: Tensor, target: Tensor, focal: float, size: int, up=(0.0, 0.0, 1.0)) -> Camera:
+    """A square camera at `eye`, principal point in the centre."""
+    forward = F.normalize(target - eye, dim=0)
+    right = F.normalize(torch.linalg.cross(forward, torch.as_tensor(up)), dim=0)
+    Rc = torch.stack([right, torch.linalg.cross(forward, right), forward])
+    viewmat = torch.eye(4)
+    viewmat[:3, :3], viewmat[:3, 3] = Rc, -Rc @ eye
+    return Camera(viewmat, focal, focal, size / 2, size / 2, size, size)
+
+
+def ray_trace(camera: Camera, samples: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """The scene as the camera sees it: image (H, W, 3); first-hit points (n, 3) of the central rays, with colours."""
+    offsets = (torch.arange(samples) - (samples - 1) / 2) / samples
+    y, x = torch.meshgrid(torch.arange(camera.height) + 0.5, torch.arange(camera.width) + 0.5, indexing="ij")
+    total, found = 0, None
+    for oy in offsets.tolist():
+        for ox in offsets.tolist():
+            ray = [(x + ox - camera.cx) / camera.fx, (y + oy - camera.cy) / camera.fy, torch.ones_like(x)]
+            d = F.normalize(torch.stack(ray, dim=-1).reshape(-1, 3), dim=1) @ camera.viewmat[:3, :3]
+            origin = camera.centre.expand_as(d)
+            color, t = _shade(origin, d)
+            total = total + color
+            if found is None or ox == oy == 0:
+                on = torch.isfinite(t)
+                found = (origin + t[:, None] * d)[on], color[on]
+    return (total / samples**2).reshape(camera.height, camera.width, 3), *found
+
+
+def scene_camera(i: int, views: int, size: int) -> Camera:
+    """View i of a golden-angle spiral around the scene, 18 to 60 degrees up, 3.6 away."""
+    up, turn = math.radians(18 + 42 * (i + 0.5) / views), i * math.pi * (3 - math.sqrt(5))
+    eye = 3.6 * torch.tensor([math.cos(up) * math.cos(turn), math.cos(up) * math.sin(turn), math.sin(up)])
+    return look_at(eye, torch.tensor([0.0, 0, 0.25]), 1.15 * size, size)
+
+
+def procedural_scene(views: int = 100, size: int = 64, points: int = 2000, seed: int = 0, show=lambda x: x) -> Dataset:
+    """Four spheres and two boxes on a checkered disc, ray-traced; every 8th view is held out."""
+    cameras = [scene_camera(i, views, size) for i in range(views)]
+    traced = [ray_trace(c) for c in show(cameras)]
+    test = list(range(0, views, 8)) if views > 1 else []
+    g, train = cluster.generator(seed, 1), [i for i in range(views) if i not in set(test)]
+    where, rgb = (torch.cat([traced[i][k] for i in train]) for k in (1, 2))
+    pick = torch.randperm(len(where), generator=g)[:points]
+    start = where[pick] + 0.01 * torch.randn(len(pick), 3, generator=g)
+    names = [f"view_{i:03d}.png" for i in range(views)]
+    return _dataset(cameras, [image for image, *_ in traced], start, rgb[pick], names, test, SKY)
+
+
+# ---- data: files
+
+
+class Bytes:
+    """A binary file read front to back; running out of it names the file, the record and the byte."""
+
+    def __init__(self, path: Path):
+        self.path, self.data, self.at, self.record = path, path.read_bytes(), 0, "header"
+
+    def fail(self, why: str):
+        raise BadInput(f"{self.path}: {self.record}, byte {self.at}: {why}")
+
+    def take(self, fmt: str) -> tuple:
+        """The next values, little-endian and unpadded, by struct's letters."""
+        size = struct.calcsize("<" + fmt)
+        self.skip(size)
+        return struct.unpack_from("<" + fmt, self.data, self.at - size)
+
+    def skip(self, size: int) -> None:
+        if self.at + size > len(self.data):
+            self.fail(f"needs {size} more bytes, the file ends at {len(self.data)}: truncated. Copy it again.")
+        self.at += size
+
+    def text(self) -> str:
+        """The next zero-terminated string."""
+        end = self.data.find(b"\0", self.at)
+        if end < 0:
+            self.fail(f"a name has no end, the file ends at {len(self.data)}: truncated. Copy it again.")
+        name, self.at = self.data[self.at : end].decode("utf-8", "replace"), end + 1
+        return name
+
+
+MODELS = {  # COLMAP's camera models and how many parameters each has
+    "SIMPLE_PINHOLE": 3, "PINHOLE": 4, "SIMPLE_RADIAL": 4, "RADIAL": 5, "OPENCV": 8, "OPENCV_FISHEYE": 8,
+    "FULL_OPENCV": 12, "FOV": 5, "SIMPLE_RADIAL_FISHEYE": 4, "RADIAL_FISHEYE": 5, "THIN_PRISM_FISHEYE": 12,
+}  # fmt: skip
+
+
+def _pinhole(where: str, model: str, width: int, height: int, params: Sequence[float]) -> tuple:
+    """(fx, fy, cx, cy, width, height) of a COLMAP camera."""
+    if model not in ("SIMPLE_PINHOLE", "PINHOLE"):
+        raise BadInput(f"{where}: camera model {model} has distortion. Run colmap image_undistorter first.")
+    if len(params) != MODELS[model]:
+        raise BadInput(f"{where}: camera model {model} has {MODELS[model]} parameters, found {len(params)}")
+    return (*params[-4:], width, height) if model == "PINHOLE" else (params[0], *params, width, height)
+
+
+def _colmap_binary(folder: Path) -> tuple[dict, list, np.ndarray, np.ndarray]:
+    cameras, images = {}, []
+    f = Bytes(folder / "cameras.bin")
+    for i in range(f.take("Q")[0]):
+        f.record = f"camera record {i}"
+        key, model, width, height = f.take("iiQQ")
+        if not 0 <= model < len(MODELS):
+            f.fail(f"unknown camera model {model}. Run colmap image_undistorter first.")
+        name = list(MODELS)[model]
+        params = f.take(f"{MODELS[name]}d")
+        cameras[key] = _pinhole(f"{f.path}: {f.record}, byte {f.at}", name, width, height, params)
+    f = Bytes(folder / "images.bin")
+    for i in range(f.take("Q")[0]):
+        f.record = f"image record {i}"
+        _, *pose, camera = f.take("i7di")
+        images.append((f.text(), pose, camera))
+        f.skip(24 * f.take("Q")[0])
+    f, points, rgb = Bytes(folder / "points3D.bin"), [], []
+    for i in range(f.take("Q")[0]):
+        f.record = f"point record {i}"
+        _, x, y, z, r, g, b, _, track = f.take("Q3d3BdQ")
+        f.skip(8 * track)
+        points.append((x, y, z))
+        rgb.append((r, g, b))
+    return cameras, images, np.array(points, np.float64).reshape(-1, 3), np.array(rgb, np.uint8).reshape(-1, 3)
+
+
+def _colmap_text(folder: Path) -> tuple[dict, list, np.ndarray, np.ndarray]:
+    where = ""
+
+    def lines(name: str):
+        nonlocal where
+        offset = 0
+        for number, raw in enumerate((folder / name).read_bytes().splitlines(keepends=True), 1):
+            where = f"{folder / name}: line {number}, byte {offset}"
+            offset += len(raw)
+            if not raw.startswith(b"#"):
+                yield raw.decode("utf-8", "replace").strip()
+
+    cameras, images, points, rgb = {}, [], [], []
+    try:
+        for line in filter(None, lines("cameras.txt")):
+            key, model, width, height, *params = line.split()
+            if model not in MODELS:
+                raise BadInput(f"{where}: unknown camera model {model}. Run colmap image_undistorter first.")
+            cameras[int(key)] = _pinhole(where, model, int(width), int(height), [float(p) for p in params])
+        rows = lines("images.txt")
+        for line in rows:
+            if not line:
+                continue  # a blank line between images; the one after a pose is taken below
+            _, *pose, camera, name = line.split(maxsplit=9)
+            images.append((name, [float(p) for p in pose], int(camera)))
+            if len(pose) != 7 or len(next(rows, "").split()) % 3:
+                raise ValueError("the points of an image are triples")
+        for line in filter(None, lines("points3D.txt")):
+            _, x, y, z, r, g, b, _ = line.split()[:8]
+            points.append((float(x), float(y), float(z)))
+            rgb.append((int(r), int(g), int(b)))
+    except BadInput:
+        raise
+    except ValueError as e:
+        raise BadInput(f"{where}: not what COLMAP writes ({e}): truncated or edited. Copy it again.") from e
+    return cameras, images, np.array(points, np.float64).reshape(-1, 3), np.array(rgb, np.uint8).reshape(-1, 3)
+
+
+def load_colmap(path: str | Path, init: str = "points", background=(0.0, 0.0, 0.0), count: int = 100_000) -> Dataset:
+    """A COLMAP folder: sparse/0, sparse or itself; binary first, else text; pictures in images/. Every 8th is held out.
+
+    BadInput: truncated, distorted cameras, no points. FileNotFoundError: no model there.
+    """
+    root = Path(path)
+    folders = [root / "sparse" / "0", root / "sparse", root]
+    found = [(d, kind) for d in folders for kind in ("bin", "txt") if (d / f"cameras.{kind}").exists()]
+    if not found:
+        raise FileNotFoundError(f"{root} has no cameras.bin or cameras.txt, nor sparse/0. Is it a COLMAP folder?")
+    folder, kind = found[0]
+    for name in ("images", "points3D"):
+        if not (folder / f"{name}.{kind}").exists():
+            raise FileNotFoundError(f"{folder / name}.{kind} is missing beside cameras.{kind}. Copy all three.")
+    intrinsics, images, points, rgb = (_colmap_binary if kind == "bin" else _colmap_text)(folder)
+    cameras, files, names = [], [], []
+    for name, pose, key in sorted(images):
+        if key not in intrinsics:
+            raise BadInput(f"{folder}/images.{kind}: image {name} names camera {key}, which cameras.{kind} lacks.")
+        viewmat = torch.eye(4, dtype=torch.float64)
+        viewmat[:3, :3] = rotation(torch.tensor([pose[:4]], dtype=torch.float64))[0]
+        viewmat[:3, 3] = torch.tensor(pose[4:], dtype=torch.float64)
+        file = root / "images" / name
+        cameras.append(_fit(Camera(viewmat, *intrinsics[key]), file))
+        files.append((file, (cameras[-1].width, cameras[-1].height)))
+        names.append(name)
+    if not len(points) and init == "points":
+        raise BadInput(f"{folder}/points3D.{kind} has no points to start from. Try --init random.")
+    data = Images(files, background)
+    at, color = torch.from_numpy(points).float(), torch.from_numpy(rgb).float() / 255
+    if init == "random":
+        at, color = random_points(count, 1.0)
+        at = at * scene_extent(cameras) + torch.stack([c.centre for c in cameras]).mean(dim=0)
+    return _dataset(cameras, data, at.float(), color, names, list(range(0, len(names), 8)) if len(names) > 1 else [])
+
+
+def random_points(count: int, half: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Points uniform in a cube of half side `half`, with colours near grey."""
+    g = cluster.generator(seed, 2)
+    return (2 * torch.rand(count, 3, generator=g) - 1) * half, 0.45 + 0.1 * torch.rand(count, 3, generator=g)
+
+
+def load_blender(path: str | Path, background=(1.0, 1.0, 1.0), count: int = 100_000, init: str = "points") -> Dataset:
+    """A NeRF-synthetic folder: transforms_train.json, its pictures, and transforms_test.json as the held-out views."""
+    root, cameras, files, names, test = Path(path), [], [], [], []
+    parts = [root / f"transforms_{part}.json" for part in ("train", "test")]
+    if not parts[0].exists() and (root / "transforms.json").exists():
+        parts = [root / "transforms.json"]
+    for part in parts:
+        if not part.exists():
+            if part == parts[0]:
+                raise FileNotFoundError(f"{part} is missing. Is {root} a NeRF-synthetic folder?")
+            continue
+        try:
+            meta = json.loads(part.read_text())
+        except json.JSONDecodeError as e:
+            raise BadInput(f"{part}: record {e.lineno}, byte {e.pos}: not JSON ({e.msg}): truncated?") from e
+        for i, frame in enumerate(meta.get("frames", [])):
+            where, values = f"{part}: frame {i}", {**meta, **frame}
+            if "file_path" not in frame or np.shape(frame.get("transform_matrix")) not in ((4, 4), (3, 4)):
+                raise BadInput(f"{where}: needs file_path and a 4 x 4 transform_matrix")
+            file = root / frame["file_path"]
+            file = file if file.suffix else Path(f"{file}.png")
+            if not file.exists() and not file.with_suffix(".npy").exists():
+                raise BadInput(f"{where}: no picture {file}")
+            width, height = values.get("w") or _image_size(file)[0], values.get("h") or _image_size(file)[1]
+            if "fl_x" in values:
+                fx, fy = values["fl_x"], values.get("fl_y", values["fl_x"])
+            elif "camera_angle_x" in values:
+                fx = fy = width / (2 * math.tan(values["camera_angle_x"] / 2))
+            else:
+                raise BadInput(f"{where}: neither camera_angle_x nor fl_x gives a focal length")
+            pose = torch.eye(4, dtype=torch.float64)
+            pose[:3] = torch.tensor(frame["transform_matrix"], dtype=torch.float64)[:3]
+            pose[:3, 1:3] *= -1  # OpenGL's y up and z backward
+            viewmat = torch.linalg.inv(pose)
+            camera = Camera(
+                viewmat, fx, fy, values.get("cx", width / 2), values.get("cy", height / 2), int(width), int(height)
+            )
+            test += [len(cameras)] if part.name.endswith("test.json") else []
+            cameras.append(_fit(camera, file))
+            files.append((file, (cameras[-1].width, cameras[-1].height)))
+            names.append(frame["file_path"])
+    if not cameras:
+        raise BadInput(f"{root}: no frames in {', '.join(p.name for p in parts)}")
+    if len(parts) == 1 and len(cameras) > 1:
+        test = list(range(0, len(cameras), 8))
+    cloud = root / "points3d.ply"
+    points, rgb = points_from_ply(cloud) if cloud.exists() and init == "points" else random_points(count, 1.3)
+    return _dataset(cameras, Images(files, background), points, rgb, names, test, tuple(background))
+
+
+def load_npz(path: str | Path) -> tuple[Tensor, Tensor, list[Camera]]:
+    """Points (n, 3), colours (n, 3) in 0..1 and cameras of an .npz with means3d, colors, viewmats, Ks, width, height."""
+    try:
+        with np.load(path, allow_pickle=False) as z:
+            z = {k: z[k] for k in ("means3d", "colors", "viewmats", "Ks", "width", "height")}
+    except (ValueError, KeyError, zipfile.BadZipFile, EOFError, zlib.error) as e:
+        raise BadInput(f"{path}: not a complete .npz of points and cameras ({e})") from e
+    size = int(z["width"]), int(z["height"])
+    cameras = [
+        Camera(torch.from_numpy(v), float(K[0, 0]), float(K[1, 1]), float(K[0, 2]), float(K[1, 2]), *size)
+        for v, K in zip(z["viewmats"], z["Ks"], strict=True)
+    ]
+    return torch.from_numpy(z["means3d"]).float(), torch.from_numpy(z["colors"]).float() / 255, cameras
+
+
+def _pillow():
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as e:
+        raise ModuleNotFoundError('reading pictures needs Pillow. Install it: pip install -e ".[plot]"') from e
+    return Image
+
+
+def _image_size(file: Path) -> tuple[int, int]:
+    """(width, height) of a picture, from its first bytes."""
+    if not file.exists() and file.with_suffix(".npy").exists():
+        return np.load(file.with_suffix(".npy"), mmap_mode="r").shape[1::-1]
+    try:
+        with _pillow().open(file) as image:
+            return image.size
+    except OSError as e:
+        raise BadInput(f"{file}: not a picture that Pillow can read ({e})") from e
+
+
+WIDEST = 1600
+
+
+def _fit(camera: Camera, file: Path) -> Camera:
+    """The camera at its picture's own size, at most 1600 wide. Without a picture it stays as it is."""
+    if not file.exists() and not file.with_suffix(".npy").exists():
+        return camera
+    width, height = _image_size(file)
+    if width > WIDEST:
+        width, height = WIDEST, round(height * WIDEST / width)
+    kx, ky = width / camera.width, height / camera.height
+    scaled = {"fx": camera.fx * kx, "cx": camera.cx * kx, "fy": camera.fy * ky, "cy": camera.cy * ky}
+    return replace(camera, **scaled, width=width, height=height)
+
+
+class Images(Sequence):
+    """Pictures read on first use and kept as bytes: composited on the background, then brought to the camera's size."""
+
+    def __init__(self, files: list[tuple[Path, tuple[int, int]]], background=(0.0, 0.0, 0.0)):
+        self.files, self.background, self.seen = files, background, {}
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> Tensor:
+        if i not in self.seen:
+            self.seen[i] = torch.from_numpy(read_image(*self.files[i], self.background))
+        return self.seen[i].float() / 255
+
+
+def read_image(file: Path, size: tuple[int, int], background=(0.0, 0.0, 0.0)) -> np.ndarray:
+    """(H, W, 3) uint8 at (width, height) = size. BadInput: damaged, or more than 8 bits a channel."""
+    array = None
+    if not file.exists() and file.with_suffix(".npy").exists():
+        array = np.load(file.with_suffix(".npy"))
+        if array.ndim != 3 or array.shape[2] not in (3, 4):
+            raise BadInput(f"{file.with_suffix('.npy')}: needs shape (H, W, 3 or 4), got {array.shape}")
+        array = array.astype(np.float64) / (255 if array.dtype == np.uint8 else 1)
+    if array is None:
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing. The cameras are there, their pictures are not.")
+        try:
+            with _pillow().open(file) as image:
+                if image.mode.startswith("I") or image.mode == "F":
+                    raise BadInput(f"{file}: {image.mode} has more than 8 bits a channel. Convert it to 8-bit RGB.")
+                array = np.asarray(image.convert("RGBA"), dtype=np.float64) / 255
+        except BadInput:
+            raise
+        except (OSError, SyntaxError, ValueError) as e:
+            raise BadInput(f"{file}: not a complete picture ({e})") from e
+    if array.shape[2] == 4:
+        array = array[..., :3] * array[..., 3:] + np.asarray(background) * (1 - array[..., 3:])
+    array = (array.clip(0, 1) * 255).round().astype(np.uint8)
+    if array.shape[1::-1] != tuple(size):
+        array = np.asarray(_pillow().fromarray(array).resize(size, _pillow().Resampling.LANCZOS))
+    return np.ascontiguousarray(array)
+
+
+def write_png(path: str | Path, image: Tensor) -> None:
+    """image (H, W, 3) in 0..1 as an 8-bit PNG, without any package."""
+    pixels = (image.detach().cpu().clamp(0, 1) * 255).round().byte().numpy()
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    head = struct.pack(">2I5B", pixels.shape[1], pixels.shape[0], 8, 2, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+PLY_TYPES = {
+    "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
+    "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
+    "float32": "f4", "float64": "f8",
+}  # fmt: skip
+
+
+def read_ply(path: Path) -> np.ndarray:
+    """The element `vertex` of a binary little-endian .ply, as a structured array. BadInput: anything else."""
+    data = path.read_bytes()
+    end = data.find(b"end_header\n")
+    if not data.startswith(b"ply") or end < 0:
+        raise BadInput(f"{path}: header, byte {len(data)}: no 'ply' ... 'end_header'. Not a .ply, or truncated.")
+    kind, count, fields, element = "", -1, [], ""
+    for line in data[:end].decode("ascii", "replace").split("\n"):
+        word = line.split()
+        if word[:1] == ["format"]:
+            kind = word[1]
+        elif word[:1] == ["element"]:
+            element = word[1]
+            if count < 0 and element != "vertex":
+                raise BadInput(f"{path}: header: element {element} before vertex is not supported")
+            count = int(word[2]) if element == "vertex" else count
+        elif word[:1] == ["property"] and element == "vertex":
+            if word[1] not in PLY_TYPES:
+                raise BadInput(f"{path}: header: property {word[-1]} has type {word[1]}, which no Gaussian has")
+            fields.append((word[2], "<" + PLY_TYPES[word[1]]))
+    if kind != "binary_little_endian":
+        raise BadInput(f"{path}: format {kind or 'missing'}; only binary_little_endian is read. Save it again as that.")
+    if count < 0:
+        raise BadInput(f"{path}: header: no element vertex")
+    kind, start = np.dtype(fields), end + len(b"end_header\n")
+    if len(data) - start < count * kind.itemsize:
+        record = (len(data) - start) // max(1, kind.itemsize)
+        raise BadInput(f"{path}: vertex record {record} of {count}, byte {len(data)}: truncated. Copy it again.")
+    return np.frombuffer(data, kind, count, start)
+
+
+def points_from_ply(path: str | Path) -> tuple[Tensor, Tensor]:
+    """A point cloud's (n, 3) positions and (n, 3) colours in 0..1."""
+    v = read_ply(Path(path))
+    lacking = [k for k in ("x", "y", "z", "red", "green", "blue") if k not in v.dtype.names]
+    if lacking:
+        raise BadInput(f"{path}: property {lacking[0]} is missing")
+    rgb = np.stack([v[k] for k in ("red", "green", "blue")], axis=1)
+    rgb = rgb.astype(np.float32) / (255 if rgb.dtype == np.uint8 else 1)
+    return torch.from_numpy(np.stack([v[k] for k in "xyz"], axis=1).astype(np.float32)), torch.from_numpy(rgb)
+
+
+def _numbered(name: str, n: int) -> list[str]:
+    return [f"{name}_{i}" for i in range(n)]
+
+
+def _model_from_ply(kind: type, path: Path) -> GaussianModel:
+    v = read_ply(path)
+    rest = sum(name.startswith("f_rest_") for name in v.dtype.names)
+    if rest not in (0, 9, 24, 45):
+        raise BadInput(f"{path}: {rest} properties f_rest_*; spherical harmonics have 0, 9, 24 or 45")
+    parts = {
+        "means": ["x", "y", "z"], "sh_dc": _numbered("f_dc", 3), "sh_rest": _numbered("f_rest", rest),
+        "opacity": ["opacity"], "scale": _numbered("scale", 3), "quat": _numbered("rot", 4),
+    }  # fmt: skip
+    raw = {}
+    for attribute, names in parts.items():
+        lacking = [n for n in names if n not in v.dtype.names]
+        if lacking:
+            raise BadInput(f"{path}: property {lacking[0]} is missing")
+        columns = [v[n].astype(np.float32) for n in names]
+        x = torch.from_numpy(np.stack(columns, axis=1) if columns else np.zeros((len(v), 0), np.float32))
+        bad = ~torch.isfinite(x).all(dim=1)
+        if bad.any():
+            raise BadInput(f"{path}: {attribute} of Gaussian {int(bad.nonzero()[0])} is not finite")
+        raw[attribute] = x
+    short = raw["quat"].norm(dim=1) < 1e-12
+    if short.any():
+        raise BadInput(f"{path}: quat of Gaussian {int(short.nonzero()[0])} has length 0")
+    raw["sh_dc"] = raw["sh_dc"][:, None]
+    raw["sh_rest"] = rearrange(raw["sh_rest"], "n (c k) -> n k c", c=3)
+    return kind(**raw)
+
+
+def _model_to_ply(model: GaussianModel, path: Path) -> None:
+    rest = torch.zeros(len(model), 15, 3)
+    rest[:, : model.sh_rest.shape[1]] = model.sh_rest.detach().cpu()
+    x = {name: t.detach().cpu().float() for name, t in model.raw.items()}
+    rest = rearrange(rest, "n k c -> n (c k)")
+    parts = [x["means"], torch.zeros_like(x["means"]), x["sh_dc"][:, 0], rest, x["opacity"], x["scale"], x["quat"]]
+    names = ["x", "y", "z", "nx", "ny", "nz", *_numbered("f_dc", 3), *_numbered("f_rest", 45), "opacity"]
+    names += _numbered("scale", 3) + _numbered("rot", 4)
+    head = ["ply", "format binary_little_endian 1.0", f"element vertex {len(model)}"]
+    head += [f"property float {n}" for n in names] + ["end_header", ""]
+    tmp = Path(f"{path}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp.write_bytes("\n".join(head).encode() + torch.cat(parts, dim=1).numpy().astype("<f4").tobytes())
+    tmp.replace(path)
+
+
+def load(cfg: Config, w: cluster.World) -> Dataset:
+    """The scene that --data names."""
+    if cfg.data == "scene":
+        show = lambda x: report.progress(x, "ray tracing", w)
+        data = procedural_scene(cfg.views, cfg.size, cfg.points, cfg.seed, show)
+    else:
+        root = Path(cfg.data)
+        if not root.is_dir():
+            raise FileNotFoundError(f"--data {root}: no such folder. Give a COLMAP or NeRF-synthetic one, or 'scene'.")
+        if any(root.glob("transforms*.json")):
+            color = (0.0,) * 3 if cfg.background == "black" else (1.0,) * 3
+            data = load_blender(root, color, cfg.points, cfg.init)
+        else:
+            data = load_colmap(root, cfg.init, (1.0,) * 3 if cfg.background == "white" else (0.0,) * 3, cfg.points)
+    if cfg.background != "auto":
+        data.background = (1.0,) * 3 if cfg.background == "white" else (0.0,) * 3
+    return data
+
+
+# ---- training, on one process or many
+
+
+class _Exchange(torch.autograd.Function):
+    """Rows to other ranks and, in the backward pass, their gradients back. Collective in both directions."""
+
+    @staticmethod
+    def forward(ctx, x, send, receive):
+        ctx.counts = send, receive
+        return _all_to_all(x, send, receive)
+
+    @staticmethod
+    def backward(ctx, g):
+        send, receive = ctx.counts
+        return _all_to_all(g, receive, send), None, None
+
+
+def _all_to_all(x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    dist.all_to_all_single(out, x.contiguous(), receive, send)
+    return out
+
+
+def render_sharded(
+    model: GaussianModel, cameras: Sequence[Camera], w: cluster.World, *, background, tiles: str, tile: int,
+    backend: str, sh_degree: int | None = None,
+) -> tuple[Render, list[tuple[Tensor, Tensor]]]:  # fmt: skip
+    """Each rank owns a part of the Gaussians and one of the w.size cameras; splats travel to the rank that blends them.
+
+    Returns this rank's Render, and per camera (mean2d, n_tiles) of this rank's Gaussians. Collective, arXiv:2406.18533.
+    """
+    records, seen = [], []
+    for camera in cameras:
+        s = project(model, camera, sh_degree)
+        if s.mean2d.requires_grad:
+            s.mean2d.retain_grad()
+        here = s.visible.nonzero().flatten()
+        size = camera.width, camera.height
+        _, g = tile_pairs(s.mean2d[here], s.conic[here], s.opacity[here], *size, tile, tiles)
+        n_tiles = torch.bincount(here[g], minlength=len(model))
+        rows = torch.cat([s.mean2d, s.conic, s.opacity[:, None], s.color, s.depth[:, None]], dim=1)  # (N, 10)
+        records.append(rows[n_tiles > 0])
+        seen.append((s.mean2d, n_tiles))
+    send = torch.tensor([len(r) for r in records], device=w.device)
+    receive = _all_to_all(send, [1] * w.size, [1] * w.size)
+    rows = _Exchange.apply(torch.cat(records), send.tolist(), receive.tolist())
+    mean2d, conic, opacity, color, depth = rows.split([2, 3, 1, 3, 1], dim=1)
+    s = Splats(mean2d, depth[:, 0], conic, opacity[:, 0], color, torch.ones_like(depth[:, 0], dtype=torch.bool))
+    camera = cameras[w.rank]
+    return rasterize(s, camera.width, camera.height, background, tiles, backend, tile), seen
+
+
+def gather_rows(x: Tensor, w: cluster.World) -> tuple[Tensor, int]:
+    """All ranks' rows in rank order, and the number of this rank's first one. Collective."""
+    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(w.size)]
+    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    counts = [int(c) for c in counts]
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)]), sum(counts[: w.rank])
+
+
+# settings that change the numbers of a run; a checkpoint goes on only under the same ones
+FIXED = (
+    "data", "size", "views", "points", "init", "background", "steps", "lr_scale", "sh_degree", "sh_every", "seed",
+    "max_gaussians", "soft_ratio", "hard_ratio", "channels", "views_per_step", "parallel", "tiles", "tile",
+)  # fmt: skip
+
+
+class Trainer:
+    """One run: the model, Adam with a group per attribute, and the schedule of growing and pruning."""
+
+    def __init__(self, data: Dataset, cfg: Config, w: cluster.World, state: dict | None = None):
+        self.data, self.cfg, self.w = data, cfg, w
+        if not data.train:
+            raise BadInput(f"{cfg.data}: no training views. Every 8th is held out, so give at least two.")
+        if cfg.views_per_step % w.size:
+            raise BadInput(f"--views-per-step {cfg.views_per_step} does not divide over {w.size} processes")
+        self.sharded = cfg.parallel == "gaussians" and w.size > 1
+        self.background = torch.tensor(data.background, dtype=torch.float32, device=w.device)
+        self.schedule = Schedule.of(cfg.steps, white=tuple(data.background) == (1.0,) * 3)
+        self.cameras = [replace(c, viewmat=c.viewmat.to(w.device, torch.float32)) for c in data.cameras]
+        mine = (lambda x: x.tensor_split(w.size)[w.rank]) if self.sharded else (lambda x: x)
+        if state:
+            model = GaussianModel(**state["model"])
+        else:
+            model = GaussianModel.from_points(data.points, data.rgb, data.extent, cfg.sh_degree)
+        self.model = GaussianModel(**{k: mine(x).to(w.device) for k, x in model.raw.items()})
+        B = cfg.views_per_step
+        self.factor = cfg.lr_scale * math.sqrt(B)  # of the rates for B views a step, arXiv:2406.18533
+        groups = [{"params": [x], "lr": RATES[k] * self.factor, "name": k} for k, x in self.model.raw.items()]
+        fused = {"fused": True} if w.device.type in ("cpu", "cuda") else {}
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9**B, 0.999**B), eps=1e-15, **fused)
+        self.step, self.gained, self.seconds = 0, 0, 0.0
+        self._fresh()
+        if state:
+            for moments in state["optimizer"]["state"].values():
+                moments.update({k: mine(m) for k, m in moments.items() if k != "step"})
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.gradient, self.seen = mine(state["gradient"]).to(w.device), mine(state["seen"]).to(w.device)
+
+    def _fresh(self) -> None:
+        """Statistics for densification: sums over views of |dL/d mean2d| in NDC, and the views that saw a Gaussian."""
+        self.gradient = torch.zeros(len(self.model), device=self.w.device)
+        self.seen = torch.zeros(len(self.model), device=self.w.device)
+
+    def state(self) -> dict:
+        """Everything to go on from, on every rank; with Gaussians split, all parts together. Collective then."""
+        whole = (lambda x: gather_rows(x, self.w)[0]) if self.sharded else (lambda x: x)
+        optimizer = self.optimizer.state_dict()
+        optimizer["state"] = {
+            i: {k: m if k == "step" else whole(m) for k, m in s.items()} for i, s in optimizer["state"].items()
+        }
+        setting = {name: getattr(self.cfg, name) for name in FIXED}
+        tensors = {"model": {k: whole(x.detach()) for k, x in self.model.raw.items()}, "optimizer": optimizer}
+        tensors |= {"gradient": whole(self.gradient), "seen": whole(self.seen)}
+        return {**tensors, "step": self.step, "seconds": self.seconds, "setting": setting}
+
+    def whole(self) -> tuple[GaussianModel, int]:
+        """The model of all ranks, and where this rank's part begins."""
+        if not self.sharded:
+            return self.model, 0
+        parts = {k: gather_rows(x.detach(), self.w) for k, x in self.model.raw.items()}
+        return GaussianModel(**{k: x for k, (x, _) in parts.items()}), parts["means"][1]
+
+    def count(self) -> int:
+        """Gaussians of the job."""
+        n = torch.tensor([len(self.model)], device=self.w.device)
+        return int(cluster.total(n)) if self.sharded else len(self.model)
+
+    def views(self, step: int) -> list[int]:
+        """The views of a step: drawn without replacement, reshuffled when used up; a function of seed and step."""
+        order, n = {}, len(self.data.train)
+        for i in range(step * self.cfg.views_per_step, (step + 1) * self.cfg.views_per_step):
+            if i // n not in order:
+                order[i // n] = torch.randperm(n, generator=cluster.generator(self.cfg.seed, 3, i // n)).tolist()
+        at = range(step * self.cfg.views_per_step, (step + 1) * self.cfg.views_per_step)
+        return [self.data.train[order[i // n][i % n]] for i in at]
+
+    def degree(self) -> int:
+        return min(self.cfg.sh_degree, self.step // self.cfg.sh_every)
+
+    def look(self) -> dict:
+        """The arguments of render that stay the same."""
+        cfg = self.cfg
+        return {"background": self.background, "tiles": cfg.tiles, "backend": cfg.backend, "tile": cfg.tile}
+
+    def backward(self, views: list[int]) -> Tensor:
+        """Gradients and statistics of these views; returns the mean loss."""
+        cfg, w, B = self.cfg, self.w, len(views)
+        gradient, seen = torch.zeros_like(self.gradient), torch.zeros_like(self.seen)
+        loss = torch.zeros((), device=w.device)
+        for first in range(0, B, w.size):
+            at = views[first : first + w.size]
+            v, degree = at[w.rank], self.degree()
+            if self.sharded:
+                r, looked = render_sharded(
+                    self.model, [self.cameras[i] for i in at], w, sh_degree=degree, **self.look()
+                )
+            else:
+                r = render(self.model, self.cameras[v], sh_degree=degree, **self.look())
+                at, looked = [v], [(r.mean2d, r.n_tiles)]
+            part = image_loss(r.image, self.data.images[v].to(w.device)) / B
+            part.backward()
+            loss += part.detach()
+            for i, (mean2d, n_tiles) in zip(at, looked, strict=True):
+                half = mean2d.new_tensor([self.cameras[i].width / 2, self.cameras[i].height / 2])
+                gradient += (B * mean2d.grad * half).norm(dim=1) * (n_tiles > 0)
+                seen += n_tiles > 0
+        if w.size > 1 and not self.sharded:  # replicas: one sum over ranks for all
+            grads = [getattr(self.model, k).grad for k in RAW]
+            flat = cluster.total(torch.cat([x.flatten() for x in (*grads, gradient, seen, loss)]))
+            parts = flat.split([x.numel() for x in (*grads, gradient, seen, loss)])
+            for g, part in zip(grads, parts, strict=False):
+                g.copy_(part.view_as(g))
+            gradient, seen, loss = parts[-3], parts[-2], parts[-1][0]
+        elif self.sharded:
+            loss = cluster.total(loss)
+        self.gradient += gradient
+        self.seen += seen
+        return loss
+
+    def advance(self) -> tuple[Tensor, str]:
+        """One step: returns its loss and, in words, what happened to the set of Gaussians."""
+        cfg, data, plan, i = self.cfg, self.data, self.schedule, self.step + 1
+        report.synchronize(self.w.device)
+        start, events = time.perf_counter(), []
+        self.optimizer.param_groups[0]["lr"] = position_lr(i, cfg.steps) * data.extent * self.factor
+        self.step = i  # the SH degree of this step counts it
+        loss = self.backward(self.views(i - 1))
+        if i in plan.densify:
+            n, offset = self.count(), gather_rows(self.gradient, self.w)[1] if self.sharded else 0
+            draw = lambda m: torch.randn(n, 2, 3, generator=cluster.generator(cfg.seed, 4, i))[offset : offset + m]
+            room = (cfg.max_gaussians - n) // (self.w.size if self.sharded else 1)
+            mean = self.gradient / self.seen.clamp(min=1)
+            densify(self.model, self.optimizer, mean, data.extent, draw, room, i > plan.large)
+            self.gained += self.count() - n
+            self._fresh()
+        if i in plan.soft and cfg.soft_ratio:
+            events.append(self.prune("soft", cfg.soft_ratio))
+        if i in plan.reset:
+            reset_opacity(self.model, self.optimizer)
+            events.append("opacity reset")
+        if i < cfg.steps:
+            self.optimizer.step()
+        if i in plan.hard and cfg.hard_ratio and i < cfg.steps:
+            events.append(self.prune("hard", cfg.hard_ratio))
+        self.optimizer.zero_grad(set_to_none=True)
+        if i % 1000 == 0:
+            self.check_replicas()
+        report.synchronize(self.w.device)
+        self.seconds += time.perf_counter() - start
+        return loss, ", ".join(events)
+
+    def prune(self, kind: str, ratio: float) -> str:
+        """Score the Gaussians on all training views, drop the lowest part on every rank alike."""
+        cfg, w, before = self.cfg, self.w, self.count()
+        model, first = self.whole()
+        scores = torch.zeros(
+            len(model), dtype=torch.float64, device=w.device
+        )  # double: any split of the views sums alike
+        look = {k: v for k, v in self.look().items() if k != "background"} | {"sh_degree": self.degree()}
+        for v in self.data.train[w.rank :: w.size]:
+            scores += prune_scores(model, [self.cameras[v]], self.background, cfg.channels, **look)
+        scores = cluster.total(scores)
+        if self.sharded:
+            mask = prune_mask(scores, ratio)[first : first + len(self.model)]
+            self.model.keep(mask, self.optimizer)
+        else:
+            prune(self.model, self.optimizer, scores, ratio)
+        self._fresh()
+        return f"{kind} prune {before} -> {self.count()}"
+
+    def check_replicas(self) -> None:
+        """RuntimeError: the replicas differ in number or place."""
+        if self.w.size == 1 or self.sharded:
+            return
+        mine = torch.stack([torch.tensor(float(len(self.model)), device=self.w.device, dtype=torch.float64),
+                            self.model.means.detach().double().sum()])  # fmt: skip
+        low, high = mine.clone(), mine.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        if not torch.equal(low, high):
+            raise RuntimeError(f"replicas differ at step {self.step}: {low.tolist()} and {high.tolist()}")
+
+    @torch.no_grad()
+    def evaluate(self) -> dict:
+        """PSNR, SSIM and pairs in the four modes on the held-out views (the training views if none), all ranks'."""
+        model, _ = self.whole()
+        return evaluate(model, self.data, self.cameras, self.look() | {"sh_degree": self.degree()}, self.w)
+
+    def run(self, log: report.Run, what: str, path: str = "") -> list[list]:
+        """Train to the end; returns table rows (iteration, N, pairs in four modes, PSNR, events)."""
+        cfg, rows, saved = self.cfg, [], -1
+        every = cfg.eval_every or max(1, cfg.steps // 10)
+        row = lambda step, f, text: [step, f["gaussians"], *(f[f"pairs_{m}"] for m in TILES), f["psnr"], text]
+        bar = report.progress(None, what, self.w, cfg.steps, self.step)
+        with cluster.stop_signal(self.w.device) as stopping, bar:
+            while self.step < cfg.steps:
+                i = self.step + 1
+                found = self.evaluate() if i % every == 0 and i < cfg.steps else None  # before the events of step i
+                loss, events = self.advance()
+                if found:
+                    rows.append(row(i, found, events))
+                    log.log(run=what, step=i, loss=loss, **found, events=events)
+                    bar.set_postfix_str(f"N {found['gaussians']} PSNR {found['psnr']:.2f}")
+                bar.update()
+                stop = bool(path) and stopping()
+                if path and (stop or (cfg.save_every and i % cfg.save_every == 0)):
+                    saved = self.save(path)
+                if stop:
+                    self.w.print(f"stopped by SIGTERM after step {i}; go on with --resume")
+                    raise SystemExit(0)
+        self.check_replicas()
+        found = self.evaluate()
+        rows.append(row(cfg.steps, found, ""))
+        log.log(run=what, step=cfg.steps, **found, events="end", seconds_training=self.seconds)
+        if path and saved != self.step:
+            self.save(path)
+        return rows
+
+    def save(self, path: str) -> int:
+        state = self.state()
+        if self.w.main:
+            cluster.save(path, state)
+        return self.step
+
+
+def evaluate(model: GaussianModel, data: Dataset, cameras: Sequence[Camera], look: dict, w: cluster.World) -> dict:
+    """Means over the held-out views, divided over ranks: PSNR, SSIM; sums of pairs in the four modes."""
+    views = data.test or data.train
+    sums = torch.zeros(2 + len(TILES), dtype=torch.float64)
+    for v in views[w.rank :: w.size]:
+        c, truth = cameras[v], data.images[v].to(w.device)
+        s = project(model, c, look["sh_degree"])
+        image = rasterize(s, c.width, c.height, look["background"], look["tiles"], look["backend"], look["tile"]).image
+        sums[0] += psnr(image, truth).item()
+        sums[1] += ssim(image.clamp(0, 1), truth).item()
+        sums[2:] += torch.tensor(list(count_pairs(s, c, look["tile"]).values()))
+    sums = cluster.total(sums.to(w.device)).tolist() if w.size > 1 else sums.tolist()
+    n = len(views)
+    pairs = {f"pairs_{m}": int(x) for m, x in zip(TILES, sums[2:], strict=True)}
+    return {"gaussians": len(model), "psnr": sums[0] / n, "ssim": sums[1] / n, **pairs}
+
+
+def count_pairs(s: Splats, camera: Camera, tile: int) -> dict[str, int]:
+    """Pairs of one view in each mode."""
+    here, size = s.visible, (camera.width, camera.height)
+    return {m: len(tile_pairs(s.mean2d[here], s.conic[here], s.opacity[here], *size, tile, m)[0]) for m in TILES}
+
+
+def train(dataset: Dataset, config: Config, w: cluster.World | None = None) -> GaussianModel:
+    """Train on a dataset; writes metrics.jsonl, checkpoint.pt and model.ply into config.out. Returns the model."""
+    if w is None:
+        if dist.is_initialized():
+            device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+            return train(dataset, config, cluster.World(dist.get_rank(), dist.get_world_size(), device))
+        with cluster.world(config.device) as w:
+            return train(dataset, config, w)
+    path = f"{config.out}/checkpoint.pt"
+    state = cluster.load(path) if config.resume else None
+    if state:
+        for name in FIXED:
+            was, now, flag = state["setting"][name], getattr(config, name), "--" + name.replace("_", "-")
+            if was != now:
+                raise BadInput(f"the checkpoint was trained with {flag} {was}, this run asks for {flag} {now}. Pass "
+                               f"{flag} {was} to resume, or another --out to start anew.")  # fmt: skip
+    elif w.main:
+        cluster.set_aside(path)
+    trainer = Trainer(dataset, config, w, state)
+    log = report.Run(config.out, config, w, trainer.step)
+    rows = trainer.run(log, "train", path)
+    w.print(report.table(HEAD, rows))
+    model, _ = trainer.whole()
+    if w.main:
+        model.save_ply(f"{config.out}/model.ply")
+    wall = time.perf_counter() - log.start
+    w.print(f"model: {config.out}/model.ply, {len(model)} Gaussians; {trainer.seconds:.0f} s of training steps and "
+            f"pruning, {wall:.0f} s in all")  # fmt: skip
+    return model
+
+
+HEAD = ["iteration", "N", *(f"pairs {m}" for m in TILES), "test PSNR", "events"]
+
+
+# ---- demo: the claim
+
+
+def exactness(model: GaussianModel, camera: Camera, background, tile: int) -> dict[str, float]:
+    """Largest difference of a rendered image from the dense reference in each mode, in double precision."""
+    model = model.to(torch.float64)
+    with torch.no_grad():
+        dense = render_dense(model, camera, background)
+        images = {m: render(model, camera, background=background, tiles=m, tile=tile, backend="torch") for m in TILES}
+    return {m: float((r.image - dense).abs().max()) for m, r in images.items()}
+
+
+def demo(cfg: Config, w: cluster.World) -> None:
+    """Train without and with pruning, print the tables, draw the pictures, state the claim."""
+    if cfg.quick:
+        cfg = replace(cfg, steps=min(cfg.steps, 500), views=min(cfg.views, 60), points=min(cfg.points, 1500))
+    data, run, found, models, spent = load(cfg, w), None, {}, {}, {}
+    run = report.Run(cfg.out, cfg, w)
+    for name, c in {"3D-GS": replace(cfg, soft_ratio=0.0, hard_ratio=0.0), "Speedy-Splat": cfg}.items():
+        start, trainer = time.perf_counter(), Trainer(data, c, w)
+        rows = trainer.run(run, name)
+        spent[name], found[name] = time.perf_counter() - start, trainer.evaluate()
+        models[name] = trainer.whole()[0]
+        w.print(f"\n{name}: {cfg.steps} steps, {trainer.seconds:.0f} s of training, {spent[name]:.0f} s in all")
+        w.print(report.table(HEAD, rows))
+        if w.main:
+            models[name].save_ply(f"{cfg.out}/{name.lower()}.ply")
+    plain, pruned = found.values()
+    view = (data.test or data.train)[len(data.test) // 2]
+    camera = trainer.cameras[view]
+    off = exactness(models["3D-GS"], camera, data.background, cfg.tile)
+    w.print("\nlargest difference from the dense image: " + ", ".join(f"{m} {x:.1e}" for m, x in off.items()))
+    if w.main:
+        look = {"background": data.background, "tile": cfg.tile, "backend": cfg.backend}
+        w.print(draw_comparison(f"{cfg.out}/speedy_splat.png", data, view, camera, models, found, look))
+        w.print(draw_tiles(f"{cfg.out}/tiles.png"))
+    share, fewer = plain["pairs_accutile"] / plain["pairs_vanilla"], len(models["3D-GS"]) / len(models["Speedy-Splat"])
+    exact = max(off[m] for m in TILES if m != "vanilla") < 1e-9
+    good = plain["psnr"] >= 28 and pruned["psnr"] >= 27.5 and fewer >= 3
+    wanted = "PSNR >= 28 and >= 27.5, 3 x fewer, pairs < 0.75"
+    if cfg.quick:
+        good, wanted = plain["psnr"] >= 24 and pruned["psnr"] >= 23 and fewer >= 3, "quick: PSNR >= 24 and >= 23"
+    run.claim(
+        "AccuTile gives the same image from fewer pairs, and most Gaussians can be pruned",
+        "pairs not given; 10.6 x fewer Gaussians, -0.61 dB PSNR on Mip-NeRF 360 (27.55 -> 26.94)",
+        f"AccuTile needs {share:.2f} of vanilla's pairs, image {'equal to' if exact else 'NOT EQUAL to'} the dense one; "
+        f"{len(models['3D-GS'])} -> {len(models['Speedy-Splat'])} Gaussians ({fewer:.1f} x fewer), PSNR "
+        f"{plain['psnr']:.2f} -> {pruned['psnr']:.2f} dB ({wanted})",
+        good and share < 0.75 and exact,
+        f"ray-traced scene, {cfg.views} views of {cfg.size} px, {cfg.steps} steps, seed {cfg.seed}, {w.device.type}",
+    )
+
+
+def pairs_per_tile(model: GaussianModel, camera: Camera, tile: int, mode: str) -> Tensor:
+    """(rows, columns) of the grid: list lengths."""
+    with torch.no_grad():
+        _, starts = bin_pairs(project(model, camera), camera.width, camera.height, tile, mode)
+    return starts.diff().reshape(-(-camera.height // tile), -1)
+
+
+def draw_comparison(path: str, data: Dataset, view: int, camera: Camera, models: dict, found: dict, look: dict) -> str:
+    """Truth, both renderings, error, pairs per tile: one held-out view in one row."""
+    truth = data.images[view]
+    with torch.no_grad():
+        shown = {k: render(m, camera, **look).image.cpu() for k, m in models.items()}
+    heat = {m: pairs_per_tile(models["3D-GS"], camera, look["tile"], m).cpu() for m in ("vanilla", "accutile")}
+
+    def draw(figure, axes) -> None:
+        say = lambda ax, title, below: (ax.set_title(title, fontsize=11), ax.set_xlabel(below, fontsize=10))
+        for ax in axes:
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        smooth = {"interpolation": "bicubic"}
+        axes[0].imshow(truth.numpy(), **smooth)
+        say(axes[0], "ground truth", f"held-out view {view}, {camera.width} x {camera.height}")
+        for ax, (name, image) in zip(axes[1:3], shown.items(), strict=True):
+            ax.imshow(image.clamp(0, 1).numpy(), **smooth)
+            say(
+                ax,
+                name,
+                f"{len(models[name])} Gaussians\n{float(psnr(image, truth)):.2f} dB here, {found[name]['psnr']:.2f} dB mean",
+            )
+        axes[3].imshow((4 * (shown["Speedy-Splat"] - truth).abs()).clamp(0, 1).numpy(), **smooth)
+        say(axes[3], "error of Speedy-Splat x 4", "")
+        top = float(max(h.max() for h in heat.values()))
+        for ax, (mode, h) in zip(axes[4:], heat.items(), strict=True):
+            drawn = ax.imshow(h.numpy(), cmap="magma", vmin=0, vmax=top)
+            say(ax, f"pairs per tile, {mode}", f"{int(h.sum())} pairs in this view")
+        bar = figure.colorbar(drawn, ax=list(axes[4:]), fraction=0.025, pad=0.02)
+        bar.outline.set_visible(False)
+
+    return report.picture(path, draw, ncols=6, figsize=(20, 3.9), layout="constrained")
+
+
+def draw_tiles(path: str, tile: int = 16) -> str:
+    """One needle Gaussian and the tiles that list it in the four modes."""
+    width, height, u, v, o = 14 * tile, 10 * tile, 109.0, 83.0, 0.25
+    turn = torch.tensor(0.55, dtype=torch.float64)
+    R = torch.stack([torch.stack([turn.cos(), -turn.sin()]), torch.stack([turn.sin(), turn.cos()])])
+    cov = R @ torch.diag(torch.tensor([34.0, 3.2], dtype=torch.float64) ** 2) @ R.T
+    (A, B), (_, C) = torch.linalg.inv(cov).tolist()
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    alpha = o * torch.exp(-(A * (x - u) ** 2 + C * (y - v) ** 2) / 2 - B * (x - u) * (y - v))
+    row = lambda *values: torch.tensor([values], dtype=torch.float64)
+    cells = {m: tile_pairs(row(u, v), row(A, B, C), row(o)[0], width, height, tile, m)[0].tolist() for m in TILES}
+    reach = 3 * math.sqrt(float(torch.linalg.eigvalsh(cov).max()))
+
+    def draw(figure, axes) -> None:
+        from matplotlib.patches import Rectangle
+
+        for ax, (mode, ids) in zip(axes.flat, cells.items(), strict=True):
+            ax.imshow(alpha.numpy(), cmap="Blues", vmin=0, vmax=o * 1.3)
+            for i in ids:
+                at = (i % (width // tile) * tile - 0.5, i // (width // tile) * tile - 0.5)
+                ax.add_patch(Rectangle(at, tile, tile, facecolor="#f28e2b", alpha=0.38, edgecolor="none"))
+            ax.contour(alpha.numpy(), [ALPHA_MIN], colors="#b5122b", linewidths=1.4)
+            if mode == "vanilla":
+                ax.add_patch(Rectangle((u - reach, v - reach), 2 * reach, 2 * reach, fill=False, ec="0.25", ls="--"))
+            ax.set_xticks([k * tile - 0.5 for k in range(width // tile + 1)], [])
+            ax.set_yticks([k * tile - 0.5 for k in range(height // tile + 1)], [])
+            ax.grid(color="0.8", lw=0.6)
+            ax.tick_params(length=0)
+            ax.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+            ax.set_title(f"{mode}: {len(ids)} tiles", fontsize=12)
+        figure.supxlabel(f"one Gaussian of opacity {o}; red: where alpha falls to 1/255; orange: the tiles that list it",
+                         fontsize=10)  # fmt: skip
+
+    return report.picture(path, draw, nrows=2, ncols=2, figsize=(9.6, 7.4), layout="constrained")
+
+
+# ---- render, eval, bench
+
+
+def cameras_of(cfg: Config) -> tuple[list[Camera], tuple]:
+    """The cameras that --data names, without their pictures, and the background."""
+    if cfg.data == "scene":
+        cameras, color = [scene_camera(i, cfg.views, cfg.size) for i in range(cfg.views)], SKY
+    elif cfg.data.endswith(".npz"):
+        cameras, color = load_npz(cfg.data)[2], (0.0, 0.0, 0.0)
+    else:
+        data = load(replace(cfg, init="random", points=1), cluster.World(0, 1, torch.device("cpu")))
+        cameras, color = data.cameras, data.background
+    return cameras, {"auto": color, "black": (0.0,) * 3, "white": (1.0,) * 3}[cfg.background]
+
+
+def turntable(cameras: Sequence[Camera], frames: int, size: int) -> list[Camera]:
+    """A circle around the point that the cameras look at, at their mean distance and height."""
+    float_ = lambda rows: torch.stack([r.float() for r in rows])
+    eyes, ahead = float_([c.centre for c in cameras]), float_([c.viewmat[2, :3] for c in cameras])
+    up = F.normalize(-float_([c.viewmat[1, :3] for c in cameras]).mean(dim=0), dim=0)
+    off = torch.eye(3) - ahead[:, :, None] * ahead[:, None]  # (n, 3, 3) distance from each viewing axis
+    target = torch.linalg.lstsq(off.flatten(0, 1), (off @ eyes[:, :, None]).flatten(0, 1)).solution[:, 0]
+    away = eyes - target
+    height, radius = (away @ up).mean(), (away - (away @ up)[:, None] * up).norm(dim=1).mean()
+    side = F.normalize(away[0] - (away[0] @ up) * up, dim=0)
+    other = torch.linalg.cross(up, side)
+    wide = max(c.width / c.fx for c in cameras)
+    angles = [2 * math.pi * k / frames for k in range(frames)]
+    eye = lambda t: target + height * up + radius * (math.cos(t) * side + math.sin(t) * other)
+    return [look_at(eye(t), target, size / wide, size, up.tolist()) for t in angles]
+
+
+def render_frames(cfg: Config, w: cluster.World) -> None:
+    """--model as PNG frames: a turntable, or one camera of --data. Frames are divided over ranks."""
+    model = GaussianModel.from_ply(cfg.model).to(w.device)
+    cameras, background = cameras_of(cfg)
+    if not -1 <= cfg.view < len(cameras):
+        raise BadInput(f"--view {cfg.view}: {cfg.data} has cameras 0 to {len(cameras) - 1}; -1 is the turntable")
+    path = {cfg.view: cameras[cfg.view]} if cfg.view >= 0 else dict(enumerate(turntable(cameras, cfg.frames, cfg.size)))
+    with torch.no_grad():
+        for i in report.progress(list(path)[w.rank :: w.size], "frames", w):
+            image = render(
+                model, path[i], background=background, tiles=cfg.tiles, backend=cfg.backend, tile=cfg.tile
+            ).image
+            write_png(f"{cfg.out}/frames/{i:04d}.png", image)
+    w.print(f"{len(path)} frames of {len(model)} Gaussians: {cfg.out}/frames/")
+
+
+def evaluate_ply(cfg: Config, w: cluster.World) -> None:
+    """PSNR, SSIM and pairs of --model on the held-out views of --data."""
+    model, data = GaussianModel.from_ply(cfg.model).to(w.device), load(cfg, w)
+    cameras = [replace(c, viewmat=c.viewmat.to(w.device, torch.float32)) for c in data.cameras]
+    look = {"background": data.background, "tiles": cfg.tiles, "backend": cfg.backend, "tile": cfg.tile}
+    with torch.no_grad():
+        found = evaluate(model, data, cameras, look | {"sh_degree": None}, w)
+    w.print(report.table(["measure", "value"], [[k, v] for k, v in found.items()]))
+    if w.main:
+        report.write_json(f"{cfg.out}/eval.json", found)
+
+
+def random_gaussians(points: Tensor, rgb: Tensor, seed: int) -> GaussianModel:
+    """Gaussians at points with log-normal sizes, median 0.01, random turns and opacities: a real capture's statistics."""
+    g = cluster.generator(seed, 5)
+    n = len(points)
+    opacity = torch.rand(n, 1, generator=g).clamp(1e-4, 1 - 1e-4)
+    return GaussianModel(
+        means=points, sh_dc=((rgb - 0.5) / SH_C0)[:, None], sh_rest=torch.zeros(n, 0, 3), opacity=opacity.logit(),
+        scale=math.log(0.01) + torch.randn(n, 3, generator=g), quat=torch.randn(n, 4, generator=g),
+    )  # fmt: skip
+
+
+def bench_modes(
+    name: str, model: GaussianModel, camera: Camera, cfg: Config, w: cluster.World, repeats: int
+) -> list[dict]:
+    """Rows: pairs, time to list them, forward, forward + backward, in each mode."""
+    target = torch.rand(camera.height, camera.width, 3, generator=cluster.generator(0)).to(w.device)
+    tile = 16 if camera.width > 128 or w.device.type == "cuda" else cfg.tile
+    with torch.no_grad():
+        s = project(model, camera)
+
+    def forward(mode):
+        with torch.no_grad():
+            return rasterize(s, camera.width, camera.height, SKY, mode, cfg.backend, tile)
+
+    def both(mode):
+        leaf = s._replace(
+            **{k: getattr(s, k).clone().requires_grad_() for k in ("mean2d", "conic", "opacity", "color")}
+        )
+        (rasterize(leaf, camera.width, camera.height, SKY, mode, cfg.backend, tile).image * target).sum().backward()
+
+    cases = {}
+    for m in TILES:
+        cases[m, "tiles"] = lambda m=m: bin_pairs(s, camera.width, camera.height, tile, m)
+        cases[m, "forward"] = lambda m=m: forward(m)
+        cases[m, "forward + backward"] = lambda m=m: both(m)
+    seconds, rows = report.timed(cases, w.device, repeats, warmup=1), []
+    base = len(bin_pairs(s, camera.width, camera.height, tile, "vanilla")[0])
+    for m in TILES:
+        pairs = len(bin_pairs(s, camera.width, camera.height, tile, m)[0])
+        rows.append({"scene": name, "mode": m, "pairs": pairs, "of vanilla": pairs / base})
+        for part in ("tiles", "forward", "forward + backward"):
+            t, spread = seconds[m, part]
+            rows[-1] |= {f"{part} ms": f"{1e3 * t:.1f} ± {1e3 * spread:.1f}"}
+        rows[-1]["speed-up"] = seconds["vanilla", "forward"][0] / seconds[m, "forward"][0]
+    return rows
+
+
+def bench(cfg: Config, w: cluster.World) -> None:
+    """Pairs and times in the four modes, on a trained model or real points, and against a dense renderer."""
+    w.print(report.device_name(w.device))
+    found = {"device": report.device_name(w.device), "modes": [], "dense": []}
+    if cfg.data.endswith(".npz"):
+        points, rgb, cameras = load_npz(cfg.data)
+        here = (points.abs() <= 2).all(dim=1)
+        model = random_gaussians(points[here], rgb[here], cfg.seed).to(w.device)
+        look = [("real points", model, cameras[0])]
+    elif w.device.type == "cuda":
+        points, rgb = random_points(1_000_000, 1.3)
+        model = random_gaussians(points, rgb, cfg.seed).to(w.device)
+        look = [("1M random", model, replace(scene_camera(40, 100, 1080), width=1920, cx=960.0))]
+    else:
+        c = replace(
+            cfg, data="scene", max_gaussians=cfg.points, steps=300, soft_ratio=0.0, hard_ratio=0.0, eval_every=300
+        )
+        trainer = Trainer(load(c, w), c, w)
+        for _ in report.progress(range(c.steps), "training a model to measure", w):
+            trainer.advance()
+        model = trainer.model
+        look = [(f"{n} px", model, scene_camera(40, 100, n)) for n in (64, 400)]
+    for name, m, camera in look:
+        n = 10 if len(m) < 10_000 or w.device.type == "cuda" else 3
+        found["modes"] += bench_modes(f"{name}, {camera.width}x{camera.height}", m, camera, cfg, w, n)
+    w.print(f"{len(model)} Gaussians, float32, blending and tiles (projection apart)")
+    w.print(report.table(list(found["modes"][0]), [list(r.values()) for r in found["modes"]]))
+    if w.device.type == "cpu" and not cfg.data.endswith(".npz"):
+        found["dense"] = bench_dense(model, scene_camera(40, 100, 64), cfg, w)
+    if w.device.type == "cuda":
+        w.print(bench_gsplat(model, look[0][2], w))
+    if w.main:
+        report.write_json(f"{cfg.out}/bench.json", found)
+
+
+def bench_dense(model: GaussianModel, camera: Camera, cfg: Config, w: cluster.World) -> list[list]:
+    """The straightforward renderer, every pixel against every Gaussian with masks, beside ours; the same image."""
+
+    def both(fn):
+        for x in model.raw.values():
+            x.grad = None
+        fn().square().sum().backward()
+
+    ours = lambda: render(model, camera, background=SKY, tiles=cfg.tiles, tile=cfg.tile, backend=cfg.backend).image
+    dense = lambda: render_dense(model, camera, SKY)
+    cases = {("dense", "forward"): torch.no_grad()(dense), ("ours", "forward"): torch.no_grad()(ours)}
+    cases |= {("dense", "forward + backward"): lambda: both(dense), ("ours", "forward + backward"): lambda: both(ours)}
+    t = report.timed(cases, w.device, 5)
+    rows = []
+    for part in ("forward", "forward + backward"):
+        a, b = t["dense", part], t["ours", part]
+        text = [f"{1e3 * x:.1f} ± {1e3 * spread:.1f}" for x, spread in (a, b)]
+        rows.append([f"{part}, projection included", *text, a[0] / b[0]])
+    w.print(f"\n{len(model)} Gaussians, {camera.width} px, against every pixel with every Gaussian")
+    w.print(report.table(["", "dense ms", "ours ms", "x faster"], rows))
+    return rows
+
+
+def bench_gsplat(model: GaussianModel, camera: Camera, w: cluster.World) -> str:
+    """gsplat's CUDA rasteriser on the same Gaussians, where it is installed and can be compiled."""
+    try:
+        import gsplat
+
+        camera = camera.to(model.means)
+        K = torch.tensor([[camera.fx, 0, camera.cx], [0, camera.fy, camera.cy], [0, 0, 1]], device=w.device)
+        with torch.no_grad():
+            inputs = (model.means, model.quat, model.scale.exp(), model.opacity.sigmoid()[:, 0])
+            sh = torch.cat([model.sh_dc, model.sh_rest], dim=1)
+        size = {"width": camera.width, "height": camera.height, "sh_degree": model.degree}
+        same = {"eps2d": 0.3, "near_plane": 0.2, "packed": False, "tile_size": 16}
+        theirs = lambda: gsplat.rasterization(*inputs, sh, camera.viewmat[None], K[None], **size, **same)
+        ours = lambda: render(model, camera, background=(0.0, 0.0, 0.0), tile=16)
+        with torch.no_grad():
+            t = report.timed({"gsplat": theirs, "ours": ours}, w.device, 50)
+    except Exception as e:  # not installed, no nvcc, another version: each fails in its own way
+        return f"gsplat: skipped ({type(e).__name__}: {str(e)[:100]})"
+    return f"gsplat {gsplat.__version__} {1e3 * t['gsplat'][0]:.2f} ms, ours {1e3 * t['ours'][0]:.2f} ms forward"
+
+
+def main(cfg: Config) -> None:
+    with cluster.world(cfg.device) as w:
+        if cfg.mode == "train":
+            train(load(cfg, w), cfg, w)
+        else:
+            {"demo": demo, "render": render_frames, "eval": evaluate_ply, "bench": bench}[cfg.mode](cfg, w)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, PRESETS)
