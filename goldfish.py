@@ -19,7 +19,7 @@ Differs  A 0.5 M parameter GPT with learned positions, on Python's documentation
     torchrun --nproc-per-node 2 goldfish.py                         # the same on two processes
     python goldfish.py demo --runs ordinary k=4 k=4,strategy=mix k=4,window=context,h=4 k=4,noise=0.01    # ablations
     python goldfish.py train --k 4 --data FILE                      # one run on your text, audited at its end
-    torchrun --nproc-per-node 8 goldfish.py train --preset h200     # 110 M parameters, one node (not yet run)
+    torchrun --nproc-per-node 8 goldfish.py train --preset h200     # 91 M parameters, one node (not yet run)
     python goldfish.py audit                                        # the model that `train` left, with beam search
     python goldfish.py audit --model smollm2 --data FILE            # a real pretrained model
     python goldfish.py bench                                        # the loss against what PyTorch offers
@@ -28,6 +28,7 @@ Expect   "ordinary recites 1.00 of the canaries, k=4 0.00, k=3 0.00" on CPU with
 Writes   results/goldfish/: metrics.jsonl, claim.json, goldfish.png; checkpoint.pt (train), audit.json (audit).
 """
 
+import contextlib
 import functools
 import math
 import operator
@@ -96,7 +97,7 @@ class Config:
     log_every: int = opt(10, "steps between lines in metrics.jsonl")
     # demo and audit
     runs: tuple = opt(
-        ("ordinary", "k=8", "k=4", "k=3", "control", "random", "near-duplicates"), "demo: rows of the table"
+        ("ordinary", "k=8", "k=4", "k=3", "control", "random", "near-duplicates"), "demo: the table's rows"
     )
     model: str = opt("results/goldfish", "audit: a run's folder, a Hugging Face folder, a GGUF file, or smollm2")
     nonmembers: tuple = opt(("none",), "audit: text files surely not trained on, to judge membership against")
@@ -122,13 +123,9 @@ class Config:
         if not 0 <= self.noise <= 1 or not 0 <= self.canary_share <= 1:
             raise ValueError("--noise and --canary-share are parts of a whole, between 0 and 1")
         if self.mode in ("demo", "train") and self.canaries and self.prefix + self.suffix > self.block + 1:
-            raise ValueError(
-                f"--prefix {self.prefix} + --suffix {self.suffix} do not fit a row of --block {self.block} + 1 tokens"
-            )
+            raise ValueError(f"--prefix {self.prefix} + --suffix {self.suffix} exceed a row, --block {self.block} + 1")
         if self.strategy == "hash" and self.k and self.vocab == 256 and self.h > 10:
-            warnings.warn(
-                f"hash over bytes with h = {self.h} > 10 often overflows to 0; use --strategy mix", stacklevel=3
-            )
+            warnings.warn(f"hash over bytes with h = {self.h} > 10 overflows often; use --strategy mix", stacklevel=3)
 
 
 PRESETS = {
@@ -158,13 +155,17 @@ TABLE_SEED = 2971215073
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # A of the mix hash, as int64
 
 
-@functools.cache
+_TABLES: dict[str, Tensor] = {}  # by device
+
+
 def hash_table(device: str | torch.device = "cpu") -> Tensor:
     """M uniforms, (M,) float32, all multiples of 2^-24. Drawn on the CPU whatever the device, so all devices agree.
 
     The released 1B models were trained with a table drawn on a GPU, by another algorithm: their masks are not these.
     """
-    return torch.rand(TABLE_SIZE, generator=torch.Generator().manual_seed(TABLE_SEED)).to(device)
+    if str(device) not in _TABLES:
+        _TABLES[str(device)] = torch.rand(TABLE_SIZE, generator=torch.Generator().manual_seed(TABLE_SEED)).to(device)
+    return _TABLES[str(device)]
 
 
 def _shift_right(z: Tensor, s: int) -> Tensor:
@@ -375,7 +376,8 @@ def _check_loss(shape: tuple, V: int, targets: Tensor, device: torch.device, ign
         raise ValueError(f"targets are on {targets.device}, logits or hidden states on {device}. Move one of them.")
     if V > 2**31 - 1:
         raise ValueError(f"a vocabulary of {V} exceeds 2^31 - 1. Use goldfish_linear_loss, which never builds N x V.")
-    bad = ((targets < 0) | (targets >= V)) & (targets != ignore_index)
+    ids = targets.long()  # an unsigned 156 is not -100
+    bad = ((ids < 0) | (ids >= V)) & (ids != ignore_index)
     if targets.is_cuda:  # without a host synchronisation
         torch._assert_async(~bad.any(), f"a target is outside [0, {V}) and is not ignore_index {ignore_index}")
     elif bad.any():
@@ -707,7 +709,7 @@ class GPT(nn.Module):
         self.model.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
         self.model.layers = nn.ModuleList(Layer(config) for _ in range(config["num_hidden_layers"]))
         self.model.norm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
-        if not config["tie_word_embeddings"]:
+        if not config.get("tie_word_embeddings"):
             self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
         self.register_buffer("freq", rope_frequencies(config), persistent=False)
         g = cluster.generator(seed, 0)
@@ -891,14 +893,15 @@ class Trainer:
         """Train to the end, logging as `what`; checkpoints go to `path` if given, also when SIGTERM asks to stop."""
         cfg, saved = self.cfg, -1
         bar = report.progress(None, what, self.w, None if cfg.supervised_tokens else cfg.steps, self.step)
-        with cluster.stop_signal(self.w.device) as stopping, bar:
+        listen = cluster.stop_signal(self.w.device) if path else contextlib.nullcontext(bool)  # bool() is False
+        with listen as stopping, bar:
             while self.done() < 1:
                 due = (self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.steps
                 if line := self.advance(due):
                     log.log(run=what, step=self.step, **line)
                     bar.set_postfix_str(f"loss {line['loss']:.3f}")
                 bar.update()
-                stop = bool(path) and stopping()
+                stop = stopping()
                 if path and (stop or (cfg.save_every and self.step % cfg.save_every == 0)):
                     saved = self.step
                     if self.w.main:

@@ -278,6 +278,14 @@ def test_micro_batches_add_up():
     torch.testing.assert_close(G.goldfish_loss(logits, targets, 3, 4, reduction="sum"), whole * stats["supervised"])
 
 
+def test_an_unsigned_156_is_not_ignore_index():
+    targets = torch.full((1, 4), 156, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="target 156"):
+        G.goldfish_loss(torch.zeros(1, 4, 100), targets, 4, 2)
+    _, stats = G.goldfish_loss(torch.zeros(1, 4, 200), targets, k=None, return_stats=True)
+    assert stats["supervised"] == 4
+
+
 def test_fp32_reduction_and_dtypes():
     logits, targets = torch.randn(2, 50, 300), draw(2, 50, high=300)
     want = G.goldfish_loss(logits.double(), targets, 4)
@@ -679,7 +687,7 @@ T = torch.arange(1, 21).reshape(1, 20)
         (lambda: G.Config(strategy=None), ValueError, "k=4 and strategy=None"),
         (lambda: G.Config(k=1), ValueError, "k must be an integer >= 2"),
         (lambda: G.goldfish_mask(T, 4, 0), ValueError, "h must be an integer of at least 1"),
-        (lambda: G.goldfish_mask(T[:, :5], 4, 13, strict=True), ValueError, "context width 13 exceeds sequence length 5"),
+        (lambda: G.goldfish_mask(T[:, :5], 4, 13, strict=True), ValueError, "width 13 exceeds sequence length 5"),
         (lambda: G.goldfish_mask(T, 4, strategy="hsah"), ValueError, "hash, mix, avalanche, static, random"),
         (lambda: G.goldfish_mask(T, 4, window="both"), ValueError, "target, context"),
         (lambda: G.goldfish_mask(T.float(), 4), TypeError, "targets.long()"),
@@ -687,7 +695,7 @@ T = torch.arange(1, 21).reshape(1, 20)
         (lambda: G.goldfish_mask(T, 4, strategy="static", start=-1), ValueError, "start must not be negative"),
         (lambda: G.goldfish_mask(T, 4, strategy="random"), ValueError, "does not prevent memorisation"),
         (lambda: G.goldfish_loss(torch.zeros(1, 19, 30), T), ValueError, r"\(1, 20\) .*\(1, 19\)"),
-        (lambda: G.goldfish_loss(torch.zeros(1, 20, 20), T), ValueError, r"target 20 at \(0, 19\) is outside \[0, 20\)"),
+        (lambda: G.goldfish_loss(torch.zeros(1, 20, 20), T), ValueError, r"20 at \(0, 19\) is outside \[0, 20\)"),
         (lambda: G.goldfish_loss(torch.zeros(1, 20, 30), T - 3), ValueError, r"target -2 at \(0, 0\)"),
         (lambda: G.goldfish_loss(torch.zeros(1, 20, 30), T, normalizer="mean"), ValueError, "batch, global"),
         (lambda: G.goldfish_loss(torch.zeros(1, 20, 30), T, reduction="none"), ValueError, "mean or sum"),
@@ -695,9 +703,9 @@ T = torch.arange(1, 21).reshape(1, 20)
         (lambda: G.goldfish_loss(torch.empty(1, 20, 2**31, device="meta"), T.to("meta")), ValueError, "linear_loss"),
         (lambda: G.goldfish_loss(torch.zeros(1, 20, 30, device="meta"), T), ValueError, "on cpu, .* on meta"),
         (lambda: G.goldfish_linear_loss(torch.zeros(1, 20, 4), torch.zeros(30, 5), T), ValueError, "differ"),
-        (lambda: G.goldfish_linear_loss(torch.zeros(1, 20, 4), torch.zeros(30, 4), T, chunk=0), ValueError, "at least 1"),
+        (lambda: G.goldfish_linear_loss(torch.zeros(1, 20, 4), torch.zeros(30, 4), T, chunk=0), ValueError, "least 1"),
         (lambda: G.Config(d_model=30), ValueError, "not a multiple"),
-        (lambda: G.Config(suffix=60), ValueError, "do not fit"),
+        (lambda: G.Config(suffix=60), ValueError, "exceed a row"),
         (lambda: G.Text(G.Config(canaries=5000)), BadInput, r"--canaries 5000, but the text has only \d+ rows"),
         (lambda: G.Text(G.Config(canaries=1800)), BadInput, r"too small: it has \d+ tokens.*need \d+"),
         (lambda: G.row_config(G.Config(), "k=1"), BadInput, "k must be"),
