@@ -448,9 +448,10 @@ def _slabs(table: Tensor, ids: Tensor, starts: Tensor, tile: int, columns: int):
             slot = starts[tiles, None] + torch.arange(first, min(first + SLAB, longest[at]), device=ids.device)
             entry = torch.where(slot < starts[tiles + 1, None], ids[slot.clamp(max=len(ids) - 1)], len(table) - 1)
             dx, dy, A, B, C, log_o = _from_centre(table, entry, tiles, tile, columns)
-            power = log_o - (A * dx * dx + C * dy * dy) / 2 - B * dx * dy
-            parts = [power, A * dx + B * dy, C * dy + B * dx, -A / 2, -C / 2, -B]
-            raw = (basis @ torch.stack(parts, dim=1)).exp_()  # (t, P, 6) @ (t, 6, K)
+            middle = log_o - (A * dx * dx + C * dy * dy) / 2 - B * dx * dy
+            parts = [middle, A * dx + B * dy, C * dy + B * dx, -A / 2, -C / 2, -B]
+            power = (basis @ torch.stack(parts, dim=1)).clamp_(min=-20)  # (P, 6) @ (t, 6, K); exp's denormals are slow
+            raw = power.exp_()
             alpha = F.threshold(raw.clamp(max=ALPHA_MAX), small, 0.0)
             rest = 1 - alpha
             after = rest.cumprod(dim=-1)
@@ -663,10 +664,11 @@ def prune(model: GaussianModel, optimizer: torch.optim.Optimizer | None, scores:
 
 def _blur(x: Tensor) -> Tensor:
     """11 x 11 Gaussian window, sigma 1.5, zeros outside: x (B, H, W)."""
-    k = torch.exp(-((torch.arange(11, device=x.device) - 5.0) ** 2) / (2 * 1.5**2)).to(x.dtype)
-    k = k / k.sum()
-    x = F.conv2d(x[:, None], k.view(1, 1, 1, 11), padding=(0, 5))
-    return F.conv2d(x, k.view(1, 1, 11, 1), padding=(5, 0))[:, 0]
+    band = lambda n: torch.arange(n, device=x.device)[:, None] - torch.arange(n, device=x.device)  # (n, n)
+    weight = lambda d: torch.exp(-(d.to(x.dtype) ** 2) / (2 * 1.5**2)) * (d.abs() <= 5)
+    total = weight(torch.arange(-5, 6)).sum()
+    height, width = (weight(band(n)) / total.to(x.device) for n in x.shape[1:])
+    return height @ x @ width  # a matrix product each way: small images, no convolution's set-up
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def parse(config: type, argv: list[str] | None = None, presets: dict[str, dict] 
     A ValueError of the config's own checks becomes the usual usage error (exit status 2).
     """
     doc = sys.modules[config.__module__].__doc__
-    parser = argparse.ArgumentParser(description=doc, formatter_class=_Help)
+    parser = argparse.ArgumentParser(usage="%(prog)s [mode] [--flag value ...]", description=doc, formatter_class=_Help)
     for f in fields(config):
         kind, default, help = type(f.default), f.default, f.metadata["help"].replace("%", "%%")
         flag = "--" + f.name.replace("_", "-")

@@ -1,2 +1,5 @@
 """stub"""
-def available(): return False
+
+
+def available():
+    return False

@@ -6,6 +6,7 @@ there are no atomics. Learning rate, step counts, clip factor and the skip flag 
 The plain torch twin is SlimAdamW's own path in slimadam.py.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +98,7 @@ if triton is not None:
 
     @triton.jit
     def _advance_kernel(step_ptr, hyper_ptr, skip_ptr, coef_ptr, n, BLOCK: tl.constexpr):
-        """Advance the step counts; coef[e] = (lr / bias correction 1, 1 / sqrt(bias correction 2)), in float64."""
+        """Advance the step counts t; coef[e] = (lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t), t), computed in float64."""
         e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         at = tl.load(step_ptr + e, mask=e < n, other=0).to(tl.pointer_type(tl.float32))
         t = tl.load(at, mask=e < n, other=1.0) + tl.where(tl.load(skip_ptr) != 0.0, 0.0, 1.0)
@@ -105,8 +106,9 @@ if triton is not None:
         lr, b1, b2 = tl.load(hyper_ptr), tl.load(hyper_ptr + 1), tl.load(hyper_ptr + 2)
         t = t.to(tl.float64)
         c1, c2 = 1.0 - tl.exp(t * tl.log(b1)), 1.0 - tl.exp(t * tl.log(b2))
-        tl.store(coef_ptr + 2 * e, (lr / c1).to(tl.float32), mask=e < n)
-        tl.store(coef_ptr + 2 * e + 1, (1.0 / tl.sqrt(c2)).to(tl.float32), mask=e < n)
+        tl.store(coef_ptr + 3 * e, (lr / c1).to(tl.float32), mask=e < n)
+        tl.store(coef_ptr + 3 * e + 1, (1.0 / tl.sqrt(c2)).to(tl.float32), mask=e < n)
+        tl.store(coef_ptr + 3 * e + 2, t.to(tl.float32), mask=e < n)
 
     @triton.jit
     def _finish_kernel(
@@ -124,7 +126,7 @@ if triton is not None:
         q = tl.load(sum_ptr + out + j, mask=j < width, other=0.0) * clip * clip / tl.load(count_ptr + entry)
         v = b2 * tl.load(v_at, mask=j < width, other=0.0) + one_b2 * q
         tl.store(v_at, v, mask=j < width)
-        step, root = tl.load(coef_ptr + 2 * entry), tl.load(coef_ptr + 2 * entry + 1)
+        step, root = tl.load(coef_ptr + 3 * entry), tl.load(coef_ptr + 3 * entry + 1)
         tl.store(inv_ptr + out + j, step / (tl.sqrt(v) * root + eps), mask=j < width)
 
     @triton.jit
@@ -163,8 +165,9 @@ if triton is not None:
         b2, one_b2 = tl.load(hyper_ptr + 2).to(tl.float32), (1.0 - tl.load(hyper_ptr + 2)).to(tl.float32)
         eps, sign = tl.load(hyper_ptr + 3).to(tl.float32), tl.load(hyper_ptr + 5).to(tl.float32)
         decay = (1.0 - lr * wd * tl.load(decay_ptr + entry)).to(tl.float32)
-        step, root = tl.load(coef_ptr + 2 * entry), tl.load(coef_ptr + 2 * entry + 1)
-        base, key = tl.load(base_ptr + entry), tl.load(key_ptr + entry)
+        step, root = tl.load(coef_ptr + 3 * entry), tl.load(coef_ptr + 3 * entry + 1)
+        base, t = tl.load(base_ptr + entry), tl.load(coef_ptr + 3 * entry + 2).to(tl.int64)
+        key = _mix(tl.load(key_ptr + entry) + t * -3335678366873096957)  # 0xD1B54A32D192ED03
         p_at, m_at = _at(p_ptr, entry, P, ALIGNED), _at(m_ptr, entry, M, ALIGNED)
         g_at, v_at = _at(g_ptr, entry, G, ALIGNED), _at(v_ptr, entry, tl.float32, False)
         if MODE == 0:
@@ -203,6 +206,11 @@ if triton is not None:
 def available() -> bool:
     """True when Triton is installed."""
     return triton is not None
+
+
+def runs_on(device: torch.device) -> bool:
+    """True when the kernels run there: on a GPU, or anywhere under Triton's interpreter (TRITON_INTERPRET=1)."""
+    return available() and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @dataclass
@@ -292,7 +300,7 @@ class MultiTensor:
         self.tiles = {mode: _table(t, dev) for mode, t in sums.items() if t}
         new = lambda n: torch.empty(max(1, n), device=dev, dtype=torch.float32)
         self.partial, self.sum, self.inv = new(self.partials), new(self.slots), new(self.slots)
-        self.coef = new(2 * len(self.step))
+        self.coef = new(3 * len(self.step))
 
     def _gradients(self, grads: list[Tensor]) -> tuple[Tensor, bool]:
         """The table of gradient addresses, sent again only when one has changed."""
@@ -327,7 +335,7 @@ class MultiTensor:
         g, aligned = self._gradients(grads)
         n = len(self.step)
         _advance_kernel[(triton.cdiv(n, LINE),)](self.step, hyper, skip, self.coef, n, BLOCK=LINE)
-        coef = self.coef.view(-1, 2)[self.owner].contiguous()  # (entries, 2)
+        coef = self.coef.view(-1, 3)[self.owner].contiguous()  # (entries, 3)
         if self.lines is not None:
             _finish_kernel[(len(self.lines),)](
                 self.v, self.lines, sums.contiguous(), self.count, hyper, skip, clip, coef, self.inv, BLOCK=LINE

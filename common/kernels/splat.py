@@ -1,4 +1,5 @@
 """Triton: splats."""
 
+
 def available(device=None):
     return False
