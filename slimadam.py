@@ -1,0 +1,1211 @@
+"""SlimAdam: measure which of Adam's second moments are redundant, average those, and train as before with half the state.
+
+Paper    Kalra, Kirchenbauer, Barkeshli, Goldstein, "When Can You Get Away with Low Memory Adam?", arXiv:2503.01843.
+Idea     Adam keeps v, a running mean of g^2, for every weight. In most layers the entries of v along one axis are nearly
+         equal, so one number per row or column is enough. How equal is measured by a signal-to-noise ratio, squared
+         mean over variance along the axis, on Adam's own path: above 1, average; below, keep every entry. The axis
+         depends on the layer: inputs for query and key, outputs for value, projections and MLP, never over tokens.
+Here     The claim we check: at Adam's best learning rate a small GPT trains to within 0.02 of Adam's loss with at least
+         97 % of v removed. SlimAdamW is a torch.optim.Optimizer for any model: rules by name and module type, AdamW
+         checkpoints loaded exactly, DDP and FSDP2, bf16 weights with stochastic rounding, one fused step on a GPU.
+Differs  Text is Python's own library at byte level, for FineWeb. Names are matched by whole path components, where the
+         released code matches substrings (attn.qkv.weight is then a "value"); fused QKV gets one rule per block; matrices
+         choose among {0}, {1}, {0, 1} and convolutions among fan_in, fan_out, all, not among all subsets; SNR is taken
+         in float64; rules on 1-D tensors are none. Ours alone: max_saving, sampled SNR, clipping inside the step.
+
+    python slimadam.py                                                # laptop: SNR, rules, the sweep, the claim
+    python slimadam.py derive --lr 3e-4 --out results/rules           # measure on your text, write rules.json
+    python slimadam.py derive --model smollm2                         # the same on a real 135M model's fine-tuning
+    python slimadam.py train --rules results/rules/rules.json         # one run with those rules; --resume goes on
+    torchrun --nproc-per-node 2 slimadam.py train --parallel fsdp --device cpu
+    torchrun --nproc-per-node 8 slimadam.py train --preset small --parallel fsdp      # GPT-2 small (not yet run)
+    python slimadam.py bench                                          # the step alone on GPT-2 small's tensors
+
+Expect   "EXPECT" on CPU with seed 0, for any number of workers.
+Writes   results/slimadam/: metrics.jsonl, claim.json, slimadam.png; rules.json, snr.json (derive); checkpoint (train).
+"""
+
+import functools
+import json
+import math
+import re
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from itertools import combinations
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.nn.parallel import DistributedDataParallel
+
+from common import cli, report
+from common import dist as cluster
+from common.cli import BadInput, opt
+from common.kernels import optimizer as kernels
+from common.text import Tokenizer, corpus
+from common.weights import open_weights, rope_frequencies, rotate
+
+
+@dataclass
+class Config:
+    mode: str = opt("demo", "what to do", choices=("demo", "train", "derive", "bench"), positional=True)
+    preset: str = opt("laptop", "defaults for a setting; flags win over it", choices=("laptop", "small"))
+    # the optimizer
+    rules: str = opt("default", "default, adam, adalayer, or a JSON file of rules")
+    static: bool = opt(False, "insist on the table by layer type: an error beside a --rules file")
+    lr: float = opt(3e-3, "peak learning rate; cosine to a tenth. derive: about a tenth of the one to train with")
+    warmup: int = opt(40, "steps of linear warm-up")
+    weight_decay: float = opt(0.1, "of tensors with two or more axes")
+    clip: float = opt(1.0, "largest gradient norm; 0 is off")
+    nonfinite: str = opt("propagate", "what Inf or NaN gradients do", choices=("propagate", "skip", "raise"))
+    weights: str = opt("float32", "dtype of the weights; bfloat16 rounds stochastically", choices=("float32", "bfloat16"))
+    # measuring
+    lrs: tuple = opt((3e-4, 1e-3, 3e-3, 1e-2), "demo: the sweep; SNR is measured on Adam at the first")
+    every: int = opt(10, "steps between SNR measurements")
+    cutoff: float = opt(1.0, "average where the SNR is above this")
+    burn_in: float = opt(0.2, "part of the measurements dropped at the start")
+    select: str = opt("max_snr", "among axes above the cutoff", choices=("max_snr", "max_saving"))
+    depth_average: bool = opt(False, "derive one rule for a layer type at all depths")
+    lines: int = opt(0, "derive: rows and columns sampled per tensor; 0 measures all of v")
+    # the text and the model
+    data: tuple = opt(("sources",), "text files, or docs or sources: Python's own")
+    vocab: int = opt(256, "token ids: 256 bytes and the most frequent pieces")
+    block: int = opt(64, "tokens per row that are predicted")
+    d_model: int = opt(64, "width")
+    n_layer: int = opt(2, "blocks")
+    n_head: int = opt(4, "attention heads")
+    tied: bool = opt(False, "one matrix for token embedding and head")
+    model: str = opt("none", "derive, train: fine-tune smollm2, a Hugging Face folder or a GGUF file instead")
+    # the run
+    steps: int = opt(400, "optimizer steps")
+    batch: int = opt(16, "rows per step, over all processes and micro-steps")
+    accum: int = opt(1, "micro-steps per step")
+    seed: int = opt(0, "seed of the weights and the data order")
+    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    dtype: str = opt("float32", "of the matrix products", choices=("float32", "bfloat16"))
+    compile: bool = opt(False, "train: torch.compile the model")
+    parallel: str = opt("ddp", "train: whole replicas, or sharded rows (FSDP2)", choices=("ddp", "fsdp"))
+    workers: int = opt(2, "demo: processes that share the sweep, one thread each")
+    out: str = opt("results/slimadam", "folder of what the run writes, and of the run to resume")
+    resume: bool = opt(False, "train: go on from the checkpoint in --out")
+    save_every: int = opt(100, "steps between checkpoints; 0 writes only the last")
+    log_every: int = opt(10, "steps between lines in metrics.jsonl")
+
+    def __post_init__(self):
+        if self.static and self.rules != "default":
+            raise ValueError(f"--static asks for the table by layer type, --rules {self.rules} for another. Drop one.")
+        for name in ("block", "d_model", "n_layer", "n_head", "batch", "accum", "steps", "every", "workers", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % self.n_head:
+            raise ValueError(f"--d-model {self.d_model} is not a multiple of --n-head {self.n_head}")
+        if not 0 <= self.burn_in < 1:
+            raise ValueError(f"--burn-in is a part of the measurements, in [0, 1), got {self.burn_in}")
+
+
+PRESETS = {
+    "laptop": {},
+    "small": {  # GPT-2 small's shape; the paper's recipe at a batch that fits a few minutes
+        "vocab": 50304, "block": 1024, "d_model": 768, "n_layer": 12, "n_head": 12, "tied": True, "batch": 512,
+        "accum": 2, "steps": 120, "warmup": 20, "dtype": "bfloat16", "compile": True,
+    },
+}  # fmt: skip
+
+
+# ---- the method: the step and the measure
+#
+# K         axes that v is averaged over; v then has length 1 along them
+# m, v      running means of g and of g^2            t    steps so far, counted from 1
+# beta1, beta2, eps, lr, wd    as in AdamW
+
+
+def slim_step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int, K: tuple, lr, beta1, beta2, eps, wd) -> None:
+    """One step of one tensor, in place: AdamW, but for the mean over K. What every faster path must equal.
+
+    EMA and mean commute, so v is always the mean over K of the v that Adam would hold for the same gradients.
+    """
+    m.mul_(beta1).add_(g, alpha=1 - beta1)
+    v.mul_(beta2).add_((g * g).mean(K, keepdim=True) if K else g * g, alpha=1 - beta2)
+    p.mul_(1 - lr * wd)
+    p.sub_(lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps))
+
+
+def snr(v: Tensor, dims) -> float:
+    """SNR_K(v) = mean over the lines along K of mean^2 / variance, in float64; lines of zero variance are left out.
+
+    v: any shape, also a DTensor (then collective). NaN when no line is left. Scale-free, as v is divided by its peak.
+    """
+    K = legal_rule(dims if isinstance(dims, tuple) else (dims,), "v", v.shape)
+    inside, across, x = (), (), v.detach()
+    if isinstance(x, DTensor):
+        shards = _shards(x)
+        inside = tuple(g for g, d in shards if d in K)
+        across, x = tuple(g for g, d in shards if d not in K), x.to_local()
+    x, n = x.double(), math.prod(v.shape[d] for d in K)
+    peak = x.max() if x.numel() else x.new_zeros(())
+    for group in (*inside, *across):
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group)
+    x = x / peak if peak > 0 else x
+    mean = _all_reduce(x.sum(K, keepdim=True), inside) / n
+    var = _all_reduce((x - mean).square().sum(K, keepdim=True), inside) / n
+    ratio = mean.square() / var
+    fine = ratio.isfinite() & (ratio < 1e27)  # above: a constant line, whose variance is rounding
+    total = torch.stack([ratio[fine].sum(), fine.sum().double()])
+    total, lines = _all_reduce(total, across).tolist()
+    return total / lines if lines else math.nan
+
+
+def snr_table(v: Tensor) -> dict[tuple, float]:
+    """snr(v, K) for every non-empty set of axes K."""
+    return {K: snr(v, K) for n in range(1, v.ndim + 1) for K in combinations(range(v.ndim), n)}
+
+
+def derive_rules(
+    mean_snr: dict, cutoff: float = 1.0, select: str = "max_snr", candidates: str = "fans", depth_average: bool = False,
+    shapes: dict | None = None,
+) -> dict:  # fmt: skip
+    """{name: {K: SNR}} -> {name: K or None}: the axes to average over, those with an SNR strictly above the cutoff.
+
+    select         max_snr takes the highest SNR, as the released code does; as SNR never grows with K, that is never
+                   both axes of a matrix. max_saving takes the fewest kept numbers (from `shapes`; without, most axes).
+    candidates     fans: {0}, the other axes, and all; all_subsets: the released search. Ties go to the first.
+    depth_average  average over tensors whose names differ only in numbers, and give all of them one rule.
+    ValueError: an unknown word.
+    """
+    if select not in ("max_snr", "max_saving") or candidates not in ("fans", "all_subsets"):
+        raise ValueError(f"select {select!r}, candidates {candidates!r}: know max_snr, max_saving; fans, all_subsets")
+    keys = {name: _star(name) if depth_average else name for name in mean_snr}
+    pooled: dict = {}
+    for name, table in mean_snr.items():
+        for K, value in table.items():
+            pooled.setdefault(keys[name], {}).setdefault(tuple(K), []).append(value)
+    rules = {}
+    for name in mean_snr:
+        table = {K: _nanmean(values) for K, values in pooled[keys[name]].items()}
+        ndim = len(shapes[name]) if shapes else 1 + max((d for K in table for d in K), default=-1)
+        fans = [(0,), tuple(range(1, ndim)), tuple(range(ndim))]
+        order = sorted(table, key=lambda K: (len(K), K)) if candidates == "all_subsets" else fans
+        good = [K for K in order if ndim > 1 and table.get(K, math.nan) > cutoff]
+        left = lambda K, name=name: (
+            math.prod(n for d, n in enumerate(shapes[name]) if d not in K) if shapes else -len(K)
+        )
+        rank = (lambda K, t=table: -t[K]) if select == "max_snr" else (lambda K, t=table, left=left: (left(K), -t[K]))
+        rules[name] = min(good, key=rank, default=None)
+    return rules
+
+
+def _nanmean(values: list) -> float:
+    kept = [x for x in values if not math.isnan(x)]
+    return sum(kept) / len(kept) if kept else math.nan
+
+
+def _all_reduce(x: Tensor, groups: tuple) -> Tensor:
+    for group in groups:
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def _shards(x: DTensor) -> list[tuple]:
+    """(process group, tensor axis) of every mesh axis that splits x."""
+    mesh = x.device_mesh
+    return [(mesh.get_group(i), s.dim) for i, s in enumerate(x.placements) if s.is_shard() and mesh.size(i) > 1]
+
+
+# ---- rules: which axes each tensor is averaged over
+#
+# A rule is None (every entry keeps its v, as in Adam), a tuple of axes, or blocks of rows ((rows, axes), ...) for fused
+# weights. Words are resolved by what a module computes: nn.Linear stores (out, in), nn.Embedding and Conv1D (in, out).
+
+WORDS = ("none", "fan_in", "fan_out", "both")
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+TYPES = {  # runs of whole path components; the longest run wins, then the one nearest the end
+    "qkv": "qkv c_attn in_proj_weight wqkv qkv_proj", "mixed_qkv": "query_key_value", "gate_up": "gate_up_proj gate_up",
+    "query": "q_proj query q wq to_q q_lin", "key": "k_proj key k wk to_k k_lin",
+    "value": "v_proj value v wv to_v v_lin",
+    "output": "o_proj output_proj out_proj wo to_out attn.c_proj attention.output.dense",
+    "up": "mlp_up c_fc fc1 up_proj w3 intermediate.dense", "gate": "gate_proj mlp.gate w1",
+    "down": "mlp_proj mlp_down c_proj fc2 down_proj w2 output.dense",
+    "embedding": "wte embed embedding token_embedding embed_tokens tok_embeddings word_embeddings",
+    "position": "wpe pos_embed position_embedding position_embeddings embed_positions",
+    "head": "lm_head output_layer classifier embed_out head", "patch": "patch_embed first_conv",
+}  # fmt: skip
+RUNS = [(kind, run.split(".")) for kind, runs in TYPES.items() for run in runs.split()]
+STATIC = {"query": "in", "key": "in", "head": "in", "patch": "in", "mixed_qkv": "in", "value": "out", "output": "out",
+          "up": "out", "gate": "out", "down": "out", "embedding": "last", "position": "last"}  # fmt: skip
+NORM = re.compile(r"ln(\d*|_.*|f)|.*norm\d*(_.*)?")
+
+
+def clean(name: str) -> str:
+    """A parameter's name without what DDP, FSDP, torch.compile and checkpointing wrap around it."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def _star(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def layer_type(name: str) -> str | None:
+    """What a parameter is, by its name: a key of TYPES, 'norm', or None when nothing matches."""
+    parts = clean(name).lower().split(".")
+    if any(NORM.fullmatch(part) for part in parts):
+        return "norm"
+    if parts[0] == "conv1":
+        return "patch"
+    if parts == ["output", "weight"]:
+        return "head"
+    found = [
+        (len(run), i, kind)
+        for kind, run in RUNS
+        for i in range(len(parts))
+        if parts[i : i + len(run)] == run
+    ]  # fmt: skip
+    return max(found)[2] if found else None
+
+
+def _named(source) -> tuple[list[tuple[str, Tensor]], dict]:
+    """(name, tensor) pairs of a module or of pairs, and the owning module of each name where it is known."""
+    if not isinstance(source, nn.Module):
+        return list(source), getattr(source, "owners", {})
+    owners = {id(p): m for m in reversed(list(source.modules())) for p in m._parameters.values() if p is not None}
+    pairs = list(source.named_parameters())
+    return pairs, {clean(name): owners[id(p)] for name, p in pairs}
+
+
+def _kind(name: str, owner: nn.Module | None) -> str | None:
+    """layer_type, corrected by the module's own type."""
+    kind = layer_type(name)
+    if isinstance(owner, nn.Embedding) and kind != "position":
+        return "embedding"
+    return "norm" if "Norm" in type(owner).__name__ else kind
+
+
+def _swapped(name: str, owner: nn.Module | None, kind: str | None, transposed: bool) -> bool:
+    """True if the tensor stores (in, out)."""
+    if isinstance(owner, nn.Embedding) or (owner is None and kind == "embedding"):
+        return True
+    old_gpt2 = transposed and any(part in ("c_attn", "c_proj", "c_fc") for part in name.split("."))
+    return old_gpt2 or "Conv1D" in type(owner).__name__ or "ConvTranspose" in type(owner).__name__
+
+
+def _fan(swapped: bool, ndim: int, which: str) -> tuple:
+    out = 1 if swapped else 0
+    return (out,) if which == "out" else tuple(d for d in range(ndim) if d != out)
+
+
+def _transposed(pairs: list) -> bool:
+    """True for GPT-2 as Hugging Face stores it, (in, out), seen by its fused c_attn."""
+    return any("c_attn" in n.split(".") and p.ndim == 2 and p.shape[1] == 3 * p.shape[0] for n, p in pairs)
+
+
+def default_rules(source) -> dict:
+    """The static table: {name: rule} by layer type, for a module or its named_parameters().
+
+    Fused [Q; K; V] gets blocks when its rows are 3 x its columns, else one value per output, which never mixes the
+    three. Tensors with fewer than two axes and norms: None. Unknown names: None, with one warning that lists them.
+    """
+    pairs, owners = _named(source)
+    transposed, rules, unknown = _transposed(pairs), {}, []
+    for full, p in pairs:
+        name, shape = clean(full), tuple(p.shape)
+        owner = owners.get(name)
+        kind, ndim = _kind(name, owner), len(shape)
+        fan = functools.partial(_fan, _swapped(name, owner, kind, transposed), ndim)
+        rules[name] = None
+        if ndim < 2 or kind == "norm":
+            continue
+        matrix = ndim == 2 or kind in ("position", "patch")
+        if kind == "gate" and name.split(".")[-2] == "gate" and shape[0] < shape[1]:
+            matrix = False  # a router over experts, not a gate of the MLP
+        if kind == "qkv" and matrix:
+            third = ((shape[0] // 3, (1,)), (shape[0] // 3, (1,)), (shape[0] // 3, (0,)))
+            rules[name] = third if shape[0] == 3 * shape[1] and fan("in") == (1,) else fan("in")
+        elif kind == "gate_up" and matrix and shape[0] % 2 == 0:
+            rules[name] = ((shape[0] // 2, (0,)), (shape[0] // 2, (0,)))
+        elif kind in STATIC and matrix:
+            rules[name] = (ndim - 1,) if STATIC[kind] == "last" else fan(STATIC[kind])
+        else:
+            unknown.append((name, p.numel()))
+    if unknown:
+        share = sum(n for _, n in unknown) / max(1, sum(p.numel() for _, p in pairs))
+        names = ", ".join(n for n, _ in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+        warnings.warn(
+            f"no rule for {len(unknown)} unknown names, {share:.1%} of the weights, which keep all of v: {names}. "
+            f"Measure rules with `derive`, or pass a dict.",
+            stacklevel=2,
+        )
+    return rules
+
+
+def adalayer_rules(source, keep: tuple = ("embedding", "head", "norm")) -> dict:
+    """AdaLayer: one scalar per tensor, but for the layer types in `keep`, which stay Adam."""
+    pairs, owners = _named(source)
+    kinds = {clean(n): _kind(clean(n), owners.get(clean(n))) for n, _ in pairs}
+    return {clean(n): None if kinds[clean(n)] in keep else tuple(range(p.ndim)) or None for n, p in pairs}
+
+
+def adam_mini_rules(source, head_dim: int) -> dict:
+    """Adam-mini: one scalar per attention head for query and key, one number per row elsewhere, biases full."""
+    pairs, owners = _named(source)
+    rules = {}
+    for full, p in pairs:
+        name = clean(full)
+        kind = _kind(name, owners.get(name))
+        if kind in ("query", "key") and p.ndim == 2 and p.shape[0] % head_dim == 0:
+            rules[name] = ((head_dim, (0, 1)),) * (p.shape[0] // head_dim)
+        elif kind in ("embedding", "head", "value", "output", "up", "gate", "down") and p.ndim == 2:
+            rules[name] = (1,)
+        else:
+            rules[name] = None if name.endswith("bias") else tuple(range(p.ndim)) or None
+    return rules
+
+
+def legal_rule(rule, name: str, shape, swapped: bool = False):
+    """Bring a rule to its one form: None, a sorted tuple of axes, or blocks. ValueError: it does not fit the shape."""
+    shape = tuple(shape)
+    ndim, word = len(shape), rule if isinstance(rule, str) else None
+    if word in WORDS:
+        axes = {"none": (), "both": tuple(range(ndim))}.get(word) or ()
+        rule = _fan(swapped, ndim, word[4:]) if word.startswith("fan") else axes
+    if rule is None:
+        return None
+    rule = (rule,) if isinstance(rule, int) and not isinstance(rule, bool) else rule
+    whole = isinstance(rule, (list, tuple))
+    if whole and rule and all(isinstance(b, (list, tuple)) and len(b) == 2 for b in rule):
+        sizes = [rows for rows, _ in rule]
+        if ndim and all(type(n) is int and n > 0 for n in sizes) and sum(sizes) == shape[0]:
+            return tuple((n, legal_rule(K, name, (n, *shape[1:]), swapped)) for n, K in rule)
+    elif whole and all(type(d) is int and 0 <= d < ndim for d in rule) and len(set(rule)) == len(rule):
+        return tuple(sorted(rule)) or None
+    raise ValueError(
+        f"{name} of shape {shape} cannot take the rule {rule!r}. Legal: None, distinct axes out of 0..{ndim - 1}, one of "
+        f"{', '.join(WORDS)}, or blocks [[rows, axes], ...] whose rows sum to axis 0."
+    )
+
+
+def kept_shape(shape, rule) -> tuple:
+    """Shape of v under a rule; the numbers of blocks lie one after the other."""
+    if rule and isinstance(rule[0], tuple):
+        return (sum(math.prod(kept_shape((n, *shape[1:]), K)) for n, K in rule),)
+    return tuple(1 if d in (rule or ()) else n for d, n in enumerate(shape))
+
+
+def _average(v: Tensor, shape, old, new) -> Tensor:
+    """v under `old`, brought to the coarser `new`. ValueError: new is not coarser."""
+    blocks = new and isinstance(new[0], tuple)
+    finer = old is None or (not isinstance(old[0], tuple) and not blocks and set(old) <= set(new or ()))
+    if old == new:
+        return v.clone()
+    if not finer:
+        raise ValueError(f"v averaged over {old} cannot become {new}: only coarser axes keep it exact")
+    if not blocks:
+        return v.mean(new, keepdim=True)
+    v = v.full_tensor() if isinstance(v, DTensor) else v
+    parts = v.split([n for n, _ in new])
+    return torch.cat([(x.mean(K, keepdim=True) if K else x).flatten() for x, (_, K) in zip(parts, new, strict=True)])
+
+
+def match_rules(rules: dict, named: list[tuple[str, Tensor]], strict: bool, complete: bool = True) -> list:
+    """The given rule for each (name, tensor), exact names before '*' patterns. ValueError: names that do not meet.
+
+    complete=False allows rules for tensors that are not there (a group added later).
+    """
+    known, used, out, missing = {clean(k): r for k, r in rules.items()}, set(), [], []
+    for name, _ in named:
+        key = next((k for k in (clean(name), _star(clean(name))) if k in known), None)
+        used.add(key)
+        out.append(known.get(key))
+        if key is None:
+            missing.append(clean(name))
+    have = [clean(n) for n, _ in named]
+    extra = [k for k in known if k not in used] if complete else []
+    for names, others, text in ((extra, have, "rules name"), (missing, list(known), "no rule for")):
+        if names:
+            near = [(n, get_close_matches(n, others, 1, 0)) for n in names[:5]]
+            listed = "; ".join(n + (f" (closest: {c[0]})" if c else "") for n, c in near)
+            message = f"{text} {len(names)} tensors {'not in the model' if names is extra else 'of the model'}: {listed}"
+            if strict:
+                raise ValueError(f"{message}. Mend the names, or pass strict=False to keep all of v where none fits.")
+            warnings.warn(message, stacklevel=4)
+    return out
+
+
+def save_rules(rules: dict, path) -> None:
+    """Write {name: rule} as JSON, names sorted, lists for tuples."""
+    report.write_json(path, {clean(k): rules[k] for k in sorted(rules)})
+
+
+def load_rules(path) -> dict:
+    """Read save_rules() or a released file. ValueError: unreadable, or not one JSON object."""
+    try:
+        rules = json.loads(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ValueError(f"cannot read rules from {path}: {e}. Give default, adam, adalayer or a JSON file.") from e
+    if not isinstance(rules, dict):
+        raise ValueError(f"{path} holds a {type(rules).__name__}, not an object of name -> axes")
+    deep = lambda r: tuple(deep(x) for x in r) if isinstance(r, list) else r
+    return {name: deep(rule) for name, rule in rules.items()}
+
+
+# ---- the optimizer
+
+CHUNK = 2**18  # elements of a large tensor that are moved together, so that they stay in cache between operations
+TRITON_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
+_GOLDEN, _TICK = 0x9E3779B97F4A7C15 - 2**64, 0xD1B54A32D192ED03 - 2**64
+
+
+def _int64(z: int) -> int:
+    return (z + 2**63) % 2**64 - 2**63
+
+
+def _mix(z):
+    """splitmix64 of an int64 tensor, wrapping."""
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - 2**64)
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * (0x94D049BB133111EB - 2**64)
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+
+
+def stochastic_round(x: Tensor, where: Tensor, seed: int, t: int, index: int) -> Tensor:
+    """x float32 -> bfloat16, up or down with the probability that keeps the mean. Inf and NaN stay.
+
+    The random bits depend on (seed, step t, parameter index, where), `where` being each entry's place in the whole
+    tensor: replicas agree, and shards round as the whole would.
+    """
+    key = _mix(torch.tensor(_int64(_key(seed, index) + t * _TICK), device=x.device))
+    noise = _mix(where * _GOLDEN + key) & 0xFFFF
+    bits = x.contiguous().view(torch.int32)
+    up = ((bits + noise.int()) & -65536).view(torch.float32)
+    return torch.where(x.isfinite(), up, x).to(torch.bfloat16)
+
+
+def _key(seed: int, index: int) -> int:
+    return int(_mix(torch.tensor(_int64(seed * _GOLDEN + index))))
+
+
+@dataclass(eq=False)
+class Piece:
+    """A tensor, or one row block of it, as this rank holds it."""
+
+    index: int  # of the parameter, over all groups
+    name: str
+    group: dict
+    state: dict
+    param: Tensor
+    p: Tensor  # local
+    m: Tensor
+    v: Tensor  # of the whole piece where it is summed over ranks, else as local as p
+    K: tuple
+    count: int  # numbers averaged, over all ranks
+    groups: tuple  # process groups to add the sums of squares over
+    shards: tuple  # process groups among which p is split
+    rows: slice  # of the local gradient
+    part: tuple  # slices of v that belong to this rank's rows and columns
+    shape: tuple  # of the whole tensor
+    offset: tuple  # of p's first element in it
+    first: bool  # the piece that advances the tensor's step
+    decay: float
+    g: Tensor | None = None
+    mode: int = -1  # of the Triton step; -1: it cannot take this piece
+
+    def where(self, rows: slice, device) -> Tensor:
+        """Places of p[rows]'s entries in the whole tensor."""
+        out, stride = 0, math.prod(self.shape)
+        for d, n in enumerate(self.p.shape):
+            stride //= self.shape[d]
+            i = torch.arange(n, device=device)[rows if d == 0 else slice(None)] + self.offset[d]
+            out = out + (i * stride).reshape([-1 if e == d else 1 for e in range(self.p.ndim)])
+        return out
+
+
+def _matrix(shape: tuple, K: tuple) -> tuple[int, int, int]:
+    """(mode, rows, cols) of the Triton step for a tensor averaged over K; mode -1 when K is not at one end."""
+    n, ndim = math.prod(shape), len(shape)
+    if not K or len(K) == ndim:
+        return (kernels.SCALAR if K else kernels.FULL), 1, n
+    if K == tuple(range(ndim - len(K), ndim)):
+        rows = math.prod(shape[: ndim - len(K)])
+        return kernels.ROW, rows, n // max(1, rows)
+    if K == tuple(range(len(K))):
+        rows = math.prod(shape[: len(K)])
+        return kernels.COL, rows, n // max(1, rows)
+    return -1, 0, 0
+
+
+class SlimAdamW(torch.optim.Optimizer):
+    """AdamW whose second moments are averaged over the axes that `rules` name.
+
+    params  model.named_parameters(), the model itself, or groups whose "params" are (name, tensor) pairs. Plain tensors
+            only with rules="adam".
+    rules   "default" (by layer type), "adam", "adalayer", a JSON file, or {name: rule}: None, axes such as (1,), a word
+            of none, fan_in, fan_out, both, or row blocks ((rows, axes), ...). "*" in a name stands for any number.
+    decay_1d              weight decay also on tensors with fewer than two axes
+    strict                a name in the rules and not in the model, or the reverse, is an error and no warning
+    fused                 None: Triton on CUDA tensors, torch elsewhere. False: torch. True: Triton or an error
+    state_dtype           least precision of m; v has float32 or better
+    stochastic_rounding   of bfloat16 weights, the same on any number of ranks
+    max_grad_norm         clip by the global norm inside the step; grad_norm then holds the last norm
+    nonfinite             Inf or NaN in a gradient: "propagate" as AdamW, "skip" the step, "raise". One NaN reaches all
+                          weights that share its v. Torch path on a GPU: checked with a synchronisation; raise: always.
+
+    State per tensor: step (float32), exp_avg, exp_avg_sq (length 1 along K; blocks one after the other), DTensors for
+    DTensors. With sharded tensors a step makes one all-reduce of one flat buffer; every rank must have the same
+    gradients present. Errors as in the checks below, each with what to type instead.
+    """
+
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.1, *, rules="default",
+        decay_1d: bool = False, strict: bool = True, maximize: bool = False, fused: bool | None = None,
+        state_dtype: torch.dtype = torch.float32, stochastic_rounding: bool = False, seed: int = 0,
+        max_grad_norm: float | None = None, nonfinite: str = "propagate",
+    ):  # fmt: skip
+        if nonfinite not in ("propagate", "skip", "raise"):
+            raise ValueError(f"nonfinite {nonfinite!r}: choose propagate, skip or raise")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be above 0 or None, got {max_grad_norm}")
+        if not state_dtype.is_floating_point:
+            raise ValueError(f"state_dtype must be a floating type, got {state_dtype}")
+        if isinstance(rules, (str, Path)) and rules not in ("default", "adam", "adalayer"):
+            rules = load_rules(rules)
+        self._slim = {
+            "rules": rules, "decay_1d": decay_1d, "strict": strict, "fused": fused, "state_dtype": state_dtype, "seed": seed,
+            "stochastic_rounding": stochastic_rounding, "max_grad_norm": max_grad_norm, "nonfinite": nonfinite,
+        }  # fmt: skip
+        self._ready, self._owners = False, {}
+        if isinstance(params, nn.Module):
+            params, self._owners = _named(params)
+        params = list(params)
+        if not params or all(isinstance(x, dict) and not (x["params"] if isinstance(x["params"], Tensor) else
+                                                          _listed(x)) for x in params):  # fmt: skip
+            raise ValueError("empty parameter list: give model.named_parameters(), which had nothing left to give here")
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize))
+        self._resolve(self.param_groups, rules)
+        self._ready = True
+
+    # -- construction and rules
+
+    def add_param_group(self, group: dict) -> None:
+        """As in torch, with names; the tensors take the rules given at construction."""
+        group = dict(group)
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else _listed(group)
+        seen = set()
+        for i, item in enumerate(group["params"]):
+            name, p = item if isinstance(item, tuple) else (f"tensor {i}", item)
+            if isinstance(p, Tensor):
+                _check_tensor(name, p)
+                if id(p) in seen:
+                    raise ValueError(f"{name} is given twice. Give each tensor once; tied weights share one name.")
+                seen.add(id(p))
+        _check_numbers({**self.defaults, **group})
+        super().add_param_group(group)
+        if self._ready:
+            self._resolve(self.param_groups[-1:], self._slim["rules"], complete=False)
+
+    def _resolve(self, groups: list[dict], rules, complete: bool = True) -> None:
+        """Give every group its list of rules."""
+        named = []
+        for group in groups:
+            if "param_names" not in group and rules != "adam":
+                raise ValueError("rules need names: pass model.named_parameters() and not model.parameters()")
+            names = group.get("param_names") or [f"tensor {i}" for i in range(len(group["params"]))]
+            named += list(zip(names, group["params"], strict=True))
+        if isinstance(rules, str):
+            source = _Source(named, self._owners)
+            made = {"default": default_rules, "adalayer": adalayer_rules, "adam": lambda s: {}}[rules](source)
+            found = [made.get(clean(n)) for n, _ in named]
+        else:
+            found = match_rules(rules, named, self._slim["strict"], complete)
+        transposed, legal = _transposed(named), []
+        for (name, p), rule in zip(named, found, strict=True):
+            owner = self._owners.get(clean(name))
+            swapped = _swapped(clean(name), owner, _kind(name, owner), transposed)
+            legal.append(legal_rule(rule, name, p.shape, swapped))
+            if self._slim["fused"] and not (kernels.runs_on(p.device) and p.dtype in TRITON_DTYPES):
+                raise ValueError(
+                    f"fused=True needs Triton, a GPU, and weights below float64; {name} is {p.dtype} on {p.device}. "
+                    f"Pass fused=None."
+                )
+        for group in groups:
+            group["rules"], legal = legal[: len(group["params"])], legal[len(group["params"]) :]
+        self._plan = None
+
+    def _named(self) -> list[tuple]:
+        """(group, place in it, name, tensor, rule) of every tensor."""
+        return [
+            (g, i, g["param_names"][i] if "param_names" in g else f"tensor {i}", p, g["rules"][i])
+            for g in self.param_groups
+            for i, p in enumerate(g["params"])
+        ]
+
+    def rules(self) -> dict:
+        """{name: rule} as used, with axes as integers."""
+        return {clean(name): rule for _, _, name, _, rule in self._named()}
+
+    @torch.no_grad()
+    def compress_(self, rules) -> None:
+        """Change to coarser rules in mid-run; exact, as v becomes the mean of what it was. ValueError: not coarser."""
+        before = [(group, i, p, rule) for group, i, _, p, rule in self._named()]
+        lists = [group["rules"] for group in self.param_groups]
+        given = load_rules(rules) if isinstance(rules, (str, Path)) and rules not in ("default", "adam") else rules
+        try:
+            self._resolve(self.param_groups, given)
+            new = []
+            for group, i, p, old in before:
+                if "exp_avg_sq" in self.state.get(p, {}):
+                    v = _average(self.state[p]["exp_avg_sq"], p.shape, old, group["rules"][i])
+                    new.append((p, self._place(v, p, group["rules"][i])))
+        except ValueError:
+            for group, kept in zip(self.param_groups, lists, strict=True):
+                group["rules"] = kept
+            raise
+        for p, v in new:
+            self.state[p]["exp_avg_sq"] = v
+        self._slim["rules"], self._plan = given, None
+
+    def memory_report(self) -> dict:
+        """Numbers in v and what the rules save, from shapes alone. bytes: m and v together, over all ranks.
+
+        saved: part of v. saved_state: of m and v. saved_training: of weights, gradients, m and v (no activations).
+        """
+        total = kept = size = full = training = 0
+        for _, _, _, p, rule in self._named():
+            if p.requires_grad:
+                n, left = p.numel(), math.prod(kept_shape(p.shape, rule))
+                m, v = (t.itemsize for t in self._dtypes(p))
+                total, kept, size, full = total + n, kept + left, size + n * m + left * v, full + n * (m + v)
+                training += n * (m + v + 2 * p.element_size())
+        part = lambda x, whole: x / whole if whole else 0.0
+        return {
+            "total": total, "kept": kept, "saved": 1 - part(kept, total) if total else 0.0, "bytes": size,
+            "bytes_adam": full, "saved_state": part(full - size, full), "saved_training": part(full - size, training),
+        }  # fmt: skip
+
+    # -- state
+
+    def _dtypes(self, p: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        m = torch.promote_types(p.dtype, self._slim["state_dtype"])
+        return m, torch.promote_types(m, torch.float32)
+
+    @staticmethod
+    def _placements(p: DTensor, rule) -> list:
+        """Of v: sharded like p, but whole along the axes averaged over, and for blocks."""
+        blocks = bool(rule) and isinstance(rule[0], tuple)
+        return [s if s.is_shard() and not blocks and s.dim not in (rule or ()) else Replicate() for s in p.placements]
+
+    def _place(self, v: Tensor, p: Tensor, rule) -> Tensor:
+        """v as a DTensor if p is one."""
+        if not isinstance(p, DTensor):
+            return v
+        mesh, placements = p.device_mesh, self._placements(p, rule)
+        whole = isinstance(v, DTensor)
+        return v.redistribute(mesh, placements) if whole else distribute_tensor(v, mesh, placements, src_data_rank=None)
+
+    def _init_state(self, p: Tensor, rule) -> dict:
+        state, (m, v), shape = self.state[p], self._dtypes(p), kept_shape(p.shape, rule)
+        state["step"] = torch.zeros((), device=p.device if self._wants_triton(p) else "cpu")
+        state["exp_avg"] = torch.zeros_like(p, dtype=m, memory_format=torch.preserve_format)
+        if isinstance(p, DTensor):
+            where = {"device_mesh": p.device_mesh, "placements": self._placements(p, rule)}
+            state["exp_avg_sq"] = torch.distributed.tensor.zeros(shape, dtype=v, **where)
+        else:
+            state["exp_avg_sq"] = torch.zeros(shape, dtype=v, device=p.device)
+        return state
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_slim": self._slim}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._plan, self._ready = None, True
+        self.__dict__.setdefault("_owners", {})
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load a checkpoint of this class or of torch.optim.AdamW, whose v is then averaged. Keeps our rules and dtypes.
+
+        ValueError: names that differ, or a v that is neither equal to nor finer than what the rules ask for.
+        """
+        own, saved = self.param_groups, state_dict["param_groups"]
+        entries, groups, ready = self._named(), [], {}
+        if [len(g["params"]) for g in own] == [len(g["params"]) for g in saved]:  # torch reports it otherwise
+            ids = [k for g in saved for k in g["params"]]
+            old_names = [n for g in saved for n in g.get("param_names", [None] * len(g["params"]))]
+            old_rules = [r for g in saved for r in g.get("rules", ["unknown"] * len(g["params"]))]
+            for (_, _, name, p, rule), k, was, old in zip(entries, ids, old_names, old_rules, strict=True):
+                if was is not None and not name.startswith("tensor ") and clean(was) != clean(name):
+                    raise ValueError(f"the checkpoint has {was} where this optimizer has {name}. Give the same order.")
+                if k in state_dict["state"]:
+                    ready[k] = self._converted(state_dict["state"][k], name, p, rule, _tuples(old))
+            for g, s in zip(own, saved, strict=True):
+                fixed = {k: v for k, v in g.items() if k in ("rules", "param_names")}
+                groups.append({**{k: v for k, v in g.items() if k != "params"}, **s, **fixed})
+            state_dict = {**state_dict, "param_groups": groups, "state": {**state_dict["state"], **ready}}
+        super().load_state_dict(state_dict)
+        for (_, _, _, p, _), k in zip(entries, (k for g in saved for k in g["params"]), strict=True):
+            if k in ready:
+                self.state[p] = ready[k]  # not the copy that torch has rounded to the dtype of the weights
+        self._plan = None
+
+    def _converted(self, saved: dict, name: str, p: Tensor, rule, old) -> dict:
+        """One tensor's saved state on p's device, in our dtypes, with v brought to our rule."""
+        v, want = saved["exp_avg_sq"].detach(), kept_shape(p.shape, rule)
+        if old == "unknown" or v.shape != kept_shape(p.shape, old):
+            old = rule if v.shape == want else tuple(d for d, n in enumerate(v.shape) if n == 1 < p.shape[d]) or None \
+                if v.ndim == p.ndim and all(a in (1, b) for a, b in zip(v.shape, p.shape, strict=True)) else "unknown"  # fmt: skip
+        try:
+            v = _average(v, p.shape, old, rule) if old != "unknown" else None
+        except ValueError:
+            v = None
+        if v is None:
+            raise ValueError(
+                f"{name}: the checkpoint's exp_avg_sq has shape {tuple(saved['exp_avg_sq'].shape)} (rule {old}), and the "
+                f"rule {rule} needs {want}, which is not coarser. Load with the checkpoint's rules."
+            )
+        m_type, v_type = self._dtypes(p)
+        device = p.to_local().device if isinstance(p, DTensor) else p.device
+        m = saved["exp_avg"].detach()
+        if isinstance(p, DTensor) and not isinstance(m, DTensor):
+            m = distribute_tensor(m, p.device_mesh, p.placements, src_data_rank=None)
+        step = torch.as_tensor(saved["step"], dtype=torch.float32).detach()
+        return {
+            **{k: x for k, x in saved.items() if k not in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")},
+            "step": step.to(device if self._wants_triton(p) else "cpu", copy=True),
+            "exp_avg": m.to(device=device, dtype=m_type, copy=True),
+            "exp_avg_sq": self._place(v.to(device=device, dtype=v_type, copy=True), p, rule),
+        }
+
+    # -- the step
+
+    def _wants_triton(self, p: Tensor) -> bool:
+        fused = self._slim["fused"]
+        return fused if fused is not None else p.is_cuda and kernels.available() and p.dtype != torch.float64
+
+    def _pieces_of(self, group: dict, name: str, index: int, p: Tensor, rule) -> list[Piece]:
+        state = self.state[p] if "exp_avg" in self.state.get(p, {}) else self._init_state(p, rule)
+        local = lambda x: x.to_local() if isinstance(x, DTensor) else x
+        p_, m_, v_ = local(p.detach()), local(state["exp_avg"]), local(state["exp_avg_sq"])
+        shape, offset, shards = tuple(p.shape), (0,) * p.ndim, []
+        if isinstance(p, DTensor):
+            offset, shards = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1], _shards(p)
+        if p.ndim == 0:  # as a vector of one
+            p_, m_, v_, shape, offset = p_.view(1), m_.view(1), v_.view(1), (1,), (0,)
+        blocks = rule if rule and isinstance(rule[0], tuple) else ((shape[0], rule),)
+        groups_of = lambda K: tuple(g for g, d in shards if d in K or blocks is rule)
+        decay = group["weight_decay"] if p.ndim > 1 or self._slim["decay_1d"] else 0.0
+        top, at, pieces = 0, 0, []
+        for n, K in blocks:
+            K, rows = K or (), slice(None)
+            block, part, v, start = (n, *shape[1:]), (), v_, offset
+            if blocks is rule:
+                size = math.prod(kept_shape(block, K))
+                v, at = v_[at : at + size].view(kept_shape(block, K)), at + size
+                lo = min(max(top - offset[0], 0), len(p_))  # rows of ours in this block
+                rows = slice(lo, min(max(top + n - offset[0], lo), len(p_)))
+                start = (offset[0] + lo, *offset[1:])
+                within = (start[0] - top, *offset[1:])
+                held = p_[rows].shape
+                part = tuple(slice(None) if d in K else slice(o, o + held[d]) for d, o in enumerate(within))
+            piece = Piece(
+                index, name, group, state, p, p_[rows], m_[rows], v, K, math.prod(block[d] for d in K), groups_of(K),
+                tuple(g for g, _ in shards), rows, part, shape, tuple(start), top == 0, decay,
+            )  # fmt: skip
+            if self._wants_triton(p):
+                piece.mode = self._triton_mode(piece)
+            pieces.append(piece)
+            top += n
+        return pieces
+
+    def _triton_mode(self, x: Piece) -> int:
+        """How the Triton step sees a piece, -1 if only the torch path can take it."""
+        mode = _matrix(tuple(x.p.shape), x.K)[0]
+        whole = all(t.is_contiguous() for t in (x.p, x.m, x.v)) and x.v.dtype == torch.float32
+        alone = not x.groups or (mode in (kernels.COL, kernels.SCALAR) and x.v.numel() == x.v[x.part].numel())
+        first_axis = tuple(x.p.shape[1:]) == x.shape[1:]  # a piece of whole rows lies in one run of places
+        takes = whole and alone and first_axis and {x.p.dtype, x.m.dtype} <= TRITON_DTYPES
+        return mode if takes else -1
+
+    def _collect(self) -> list[Piece]:
+        """The pieces to move, with their gradients; rebuilt only when tensors come, go or move."""
+        present, index = [], -1
+        for group, _, name, p, rule in self._named():
+            index += 1
+            sharded = isinstance(p, DTensor) and bool(_shards(p))
+            if (p.grad is not None or sharded) and p.numel():
+                present.append((group, name, index, p, rule))
+            elif p.grad is not None:  # no element: nothing to move or to average
+                state = self.state[p] if "exp_avg" in self.state.get(p, {}) else self._init_state(p, rule)
+                state["step"] += 1
+        signature = [(p._local_tensor if isinstance(p, DTensor) else p).data_ptr() for *_, p, _ in present]
+        if self._plan is None or self._plan[0] != signature:
+            pieces = [x for entry in present for x in self._pieces_of(*entry)]
+            self._plan = (signature, pieces, {})
+        seen = None
+        for x in self._plan[1]:
+            if x.param is not seen:
+                seen, grad = x.param, _gradient(x.name, x.param)
+            x.g = None if grad is None else grad[x.rows] if x.rows != slice(None) else grad
+        return self._plan[1]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step of every tensor that has a gradient. closure: re-evaluates and returns the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        pieces = self._collect()
+        if not pieces:
+            return loss
+        slim, device = self._slim, pieces[0].p.device
+        watch = slim["nonfinite"] != "propagate"
+        engines, plain = self._engines(pieces)
+        measure = watch or slim["max_grad_norm"] is not None
+        parts, norms = [], []  # [(what to add over ranks, groups)]
+        for e in engines:
+            sums, norm, bad = e.multi.sums([x.g for x in e.pieces], measure)
+            parts.append((sums, e.pieces[0].groups))
+            if measure:
+                norms.append((torch.stack([norm, bad]), e.pieces[0].shards))
+        for x in plain:
+            if x.groups:
+                total = torch.zeros_like(x.v)
+                if x.g is not None:
+                    total[x.part] = _sum_squares(x.g, x.K, x.v.dtype)
+                parts.append((total, x.groups))
+            if measure and x.g is not None:
+                norms.append((_norm_and_bad(x.g, x.v.dtype), x.shards))
+            elif measure:
+                norms.append((torch.zeros(2, dtype=x.v.dtype, device=x.p.device), x.shards))
+        summed = _exchange(parts + norms)
+        totals = summed[len(parts) :]
+        clip, skip = self._judge([t.to(device) for t in totals], device)
+        for e, sums in zip(engines, summed, strict=False):
+            e.apply(sums, skip, clip, slim)
+        of = {id(x): s for x, s in zip((x for x in plain if x.groups), summed[len(engines) :], strict=False)}
+        if plain and not (watch and bool(skip)):  # on a GPU this waits, and only when asked to watch
+            self._move_plain([x for x in plain if x.g is not None], of, None if slim["max_grad_norm"] is None else clip)
+        return loss
+
+    def _judge(self, totals: list[Tensor], device) -> tuple[Tensor, Tensor]:
+        """(clip factor, skip flag), float32 scalars on the device. RuntimeError: nonfinite="raise" and one is."""
+        clip, skip = torch.ones((), device=device), torch.zeros((), device=device)
+        if not totals:
+            return clip, skip
+        squared, bad = torch.stack([t.double() for t in totals]).sum(0)
+        self.grad_norm = squared.sqrt().float()
+        if self._slim["max_grad_norm"] is not None:
+            clip = (self._slim["max_grad_norm"] / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        if self._slim["nonfinite"] == "skip":
+            skip = (bad > 0).float()
+        elif self._slim["nonfinite"] == "raise" and bool(bad > 0):
+            here = [x.name for x in self._plan[1] if x.g is not None and not x.g.isfinite().all()]
+            raise RuntimeError(f"gradients with Inf or NaN: {', '.join(here[:5]) or 'on another rank'}. Nothing moved.")
+        return clip, skip
+
+    def _engines(self, pieces: list[Piece]) -> tuple[list, list[Piece]]:
+        """Pieces for Triton, gathered by what one launch can take, and the rest."""
+        buckets, plain = {}, []
+        for x in pieces:
+            if x.mode < 0 or x.g is None or not x.g.is_contiguous() or x.g.dtype not in TRITON_DTYPES or not x.p.numel():
+                plain.append(x)
+            else:
+                key = (id(x.group), x.p.dtype, x.m.dtype, x.g.dtype, x.p.device, x.groups, x.shards)
+                buckets.setdefault(key, []).append(x)
+        made = self._plan[2]
+        for key, mine in buckets.items():
+            if key not in made or [id(x) for x in made[key].pieces] != [id(x) for x in mine]:
+                made[key] = _Engine(mine, self._slim["seed"])
+        return [made[key] for key in buckets], plain
+
+    def _move_plain(self, pieces: list[Piece], sums: dict, clip: Tensor | None) -> None:
+        """The torch path: small pieces together by foreach, large ones in chunks that stay in cache."""
+        torch._foreach_add_([x.state["step"] for x in pieces if x.first], 1.0)
+        scale = None if clip is None or (clip.device.type == "cpu" and float(clip) == 1.0) else clip
+        together: dict = {}
+        for x in pieces:
+            t = int(x.state["step"])
+            if x.p.numel() > CHUNK or id(x) in sums or self._slim["stochastic_rounding"]:
+                self._move_one(x, t, sums.get(id(x)), scale)
+            else:
+                key = (id(x.group), t, x.p.dtype, x.m.dtype, x.g.dtype, x.p.device, x.decay)
+                together.setdefault(key, []).append(x)
+        for mine in together.values():
+            x, t = mine[0], int(mine[0].state["step"])
+            q = [_sum_squares(y.g, y.K, y.v.dtype) for y in mine]
+            torch._foreach_div_(q, [float(y.count) for y in mine])
+            root = _second([y.v for y in mine], q, x.group, t, scale)
+            _first([y.p for y in mine], [y.g for y in mine], [y.m for y in mine], root, x, t, scale)
+
+    def _move_one(self, x: Piece, t: int, total: Tensor | None, scale: Tensor | None) -> None:
+        rows = max(1, CHUNK // max(1, x.p[:1].numel()))
+        chunks = [slice(i, i + rows) for i in range(0, len(x.p), rows)]
+        root = None
+        if total is None and 0 in x.K:
+            total = sum(_sum_squares(x.g[c], x.K, x.v.dtype) for c in chunks)
+        if total is not None:
+            root = _second([x.v], [total / x.count], x.group, t, scale)[0][x.part]
+        for c in chunks:
+            r = root
+            if r is None:
+                r = _second([x.v[c]], [_sum_squares(x.g[c], x.K, x.v.dtype) / x.count], x.group, t, scale)[0]
+            elif 0 not in x.K:
+                r = root[c]
+            rounding = None
+            if self._slim["stochastic_rounding"] and x.p.dtype == torch.bfloat16:
+                where = x.where(c, x.p.device)
+                rounding = lambda y, where=where: stochastic_round(y.float(), where, self._slim["seed"], t, x.index)
+            _first([x.p[c]], [x.g[c]], [x.m[c]], [r], x, t, scale, rounding)
+
+
+def _sum_squares(g: Tensor, K: tuple, dtype: torch.dtype) -> Tensor:
+    """Sum of g * g over K, kept as length 1, never squared below float32."""
+    g = g.to(dtype)
+    if K and 0 not in K and g.ndim == 2:
+        return torch.linalg.vector_norm(g, dim=K, keepdim=True).square_()  # one pass, no g * g in memory
+    return (g * g).sum(K, keepdim=True) if K else g * g
+
+
+def _norm_and_bad(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """(squared norm, 1 if an entry is not finite)."""
+    norm = torch.linalg.vector_norm(g, dtype=dtype).square()
+    return torch.stack([norm, (~g.isfinite()).any().to(dtype)])
+
+
+def _exchange(parts: list[tuple[Tensor, tuple]]) -> list[Tensor]:
+    """Add each tensor over its groups: one flat all-reduce per set of groups."""
+    out, flat = [x for x, _ in parts], {}
+    for i, (x, groups) in enumerate(parts):
+        if groups and x.numel():
+            flat.setdefault((groups, x.dtype), []).append(i)
+    for (groups, _), where in flat.items():
+        buffer = _all_reduce(torch.cat([out[i].flatten() for i in where]), groups)
+        for i, x in zip(where, buffer.split([out[i].numel() for i in where]), strict=True):
+            out[i] = x.view(out[i].shape)
+    return out
+
+
+def _second(v: list, q: list, group: dict, t: int, scale: Tensor | None) -> list[Tensor]:
+    """Move v towards q, the new mean squares, and return sqrt(v / bias correction) + eps."""
+    beta2 = float(group["betas"][1])
+    if scale is not None:
+        q = torch._foreach_mul(q, [float(scale.square())] * len(q)) if not scale.is_cuda else [x * scale**2 for x in q]
+    torch._foreach_mul_(v, beta2)
+    torch._foreach_add_(v, q, alpha=1 - beta2)
+    root = torch._foreach_sqrt(v)
+    torch._foreach_div_(root, math.sqrt(1 - beta2**t))
+    torch._foreach_add_(root, float(group["eps"]))
+    return list(root)
+
+
+def _first(p: list, g: list, m: list, root: list, x: Piece, t: int, scale: Tensor | None, rounding=None) -> None:
+    """Move m and p, in the dtype of v; p and m of lower precision are widened and rounded back."""
+    group, acc = x.group, x.v.dtype
+    lr, beta1 = float(group["lr"]), float(group["betas"][0])
+    wide = lambda xs: [y.to(acc) for y in xs]  # no copy when it is that dtype already
+    g, M, P = wide(g), wide(m), wide(p)
+    if scale is not None:
+        g = [y * scale for y in g]
+    if group["maximize"]:
+        g = torch._foreach_neg(g)
+    torch._foreach_mul_(M, beta1)
+    torch._foreach_add_(M, g, alpha=1 - beta1)
+    if x.decay:
+        torch._foreach_mul_(P, 1 - lr * x.decay)
+    torch._foreach_addcdiv_(P, M, root, value=-lr / (1 - beta1**t))
+    for y, Y in [*zip(m, M, strict=True), *zip(p, P, strict=True)]:
+        if y is not Y:
+            y.copy_(rounding(Y) if rounding and y.dtype == torch.bfloat16 and Y is P[0] else Y)
+
+
+class _Engine:
+    """A bucket of pieces and the Triton step over them."""
+
+    def __init__(self, pieces: list[Piece], seed: int):
+        entries = []
+        for x in pieces:
+            mode, rows, cols = _matrix(tuple(x.p.shape), x.K)
+            base = x.offset[0] * math.prod(x.shape[1:])
+            entries.append(kernels.Entry(
+                x.p, x.m, x.v, x.state["step"], rows, cols, mode, float(x.count), bool(x.decay), base, x.first,
+            ))  # fmt: skip
+        self.pieces, self.multi, self.numbers = pieces, kernels.MultiTensor(entries, pieces[0].g.dtype), None
+        self.keys = torch.tensor([_key(seed, x.index) for x in pieces], device=pieces[0].p.device)
+
+    def apply(self, sums: Tensor, skip: Tensor, clip: Tensor, slim: dict) -> None:
+        x, group = self.pieces[0], self.pieces[0].group
+        lr, (b1, b2) = group["lr"], group["betas"]
+        late = isinstance(lr, Tensor) and lr.is_cuda  # a device scalar stays one: no synchronisation
+        numbers = (0.0 if late else float(lr), float(b1), float(b2), float(group["eps"]), float(group["weight_decay"]),
+                   -1.0 if group["maximize"] else 1.0)  # fmt: skip
+        if numbers != self.numbers:
+            self.numbers, self.hyper = numbers, kernels._table(list(numbers), x.p.device, torch.float64)
+        if late:
+            self.hyper[0].copy_(lr)
+        keys = self.keys if slim["stochastic_rounding"] and x.p.dtype == torch.bfloat16 else None
+        self.multi.apply([y.g for y in self.pieces], sums, self.hyper, skip, clip, keys)
+
+
+class _Source(list):
+    """Named tensors, with the modules that own them where a model was given."""
+
+    def __init__(self, named: list, owners: dict):
+        super().__init__(named)
+        self.owners = owners
+
+
+def _tuples(rule):
+    return tuple(_tuples(x) for x in rule) if isinstance(rule, (list, tuple)) else rule
+
+
+def _listed(group: dict) -> list:
+    """A group's parameters as a list, also from a generator, which is then put in its place."""
+    if not isinstance(group["params"], list):
+        group["params"] = list(group["params"])
+    return group["params"]
+
+
+def _check_numbers(group: dict) -> None:
+    """ValueError: a hyperparameter outside its range, or NaN."""
+    betas = tuple(group["betas"])
+    tests = {"lr": (float(group["lr"]), ">= 0"), "eps": (group["eps"], ">= 0"),
+             "weight_decay": (group["weight_decay"], ">= 0")}  # fmt: skip
+    for name, (value, text) in tests.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be {text} and finite, got {value}")
+    if len(betas) != 2 or not all(0 <= float(b) < 1 for b in betas):
+        raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
+
+
+def _check_tensor(name: str, p: Tensor) -> None:
+    if type(p).__name__ == "FlatParameter" or getattr(p, "_is_flat_param", False) or name.endswith("_flat_param"):
+        raise RuntimeError(f"{name} is an FSDP1 flat parameter, without rows or columns. Shard with fully_shard, or "
+                           f"pass use_orig_params=True.")  # fmt: skip
+    if p.is_complex():
+        raise RuntimeError(f"{name} is complex; give its real view: torch.view_as_real")
+    if not p.is_floating_point():
+        raise ValueError(f"{name} is {p.dtype}; only floating tensors can be trained")
+
+
+def _gradient(name: str, p: Tensor) -> Tensor | None:
+    """p's local gradient, as a vector for a scalar. RuntimeError: sparse, or unlike p in dtype, shape or device."""
+    g = p.grad
+    if g is None:
+        return None
+    if g.layout != torch.strided:
+        raise RuntimeError(f"SlimAdamW does not support sparse gradients ({name}); use sparse=False in the embedding")
+    if isinstance(p, DTensor) and isinstance(g, DTensor) and g.placements != p.placements:
+        g = g.redistribute(p.device_mesh, p.placements)
+    p, g = ((x.to_local() if isinstance(x, DTensor) else x) for x in (p, g))
+    if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
+        raise RuntimeError(
+            f"{name}: gradient {tuple(g.shape)} {g.dtype} on {g.device}, weight {tuple(p.shape)} {p.dtype} on {p.device}"
+        )
+    return g.view(1) if g.ndim == 0 else g
+
+
+# ---- measuring SNR along a run
+
+
+class SNRTracker:
+    """SNR of every tensor of two or more axes (and of vectors) along a run: SNRTracker(optimizer), measure(step), mean().
+
+    Measures at step `start`, every `early_every` steps below `early_until`, then every `late_every`. Needs full Adam
+    state (rules="adam"), or `lines`: then it keeps its own v for that many random rows and columns of each matrix, from
+    the gradients of every step, and works beside any rules (tensors of more axes count as (axis 0, the rest)).
+    """
+
+    def __init__(
+        self, optimizer, start: int = 1, early_every: int = 100, early_until: int = 1000, late_every: int = 1000,
+        lines: int | None = None, seed: int = 0,
+    ):  # fmt: skip
+        if min(early_every, late_every) < 1 or (lines is not None and lines < 1):
+            raise ValueError(f"early_every {early_every}, late_every {late_every} and lines {lines} must be at least 1")
+        self.optimizer, self.start, self.lines, self.seed = optimizer, start, lines, seed
+        self.early_every, self.early_until, self.late_every = early_every, early_until, late_every
+        self.steps, self.values, self.sample = [], {}, {}  # values: {name: {K: one SNR per measurement}}
+        if lines:
+            optimizer.register_step_pre_hook(lambda *_: self._observe())
+
+    def should_measure(self, step: int) -> bool:
+        every = self.early_every if step < self.early_until else self.late_every
+        return step == self.start or (step > self.start and step % every == 0)
+
+    @torch.no_grad()
+    def _observe(self) -> None:
+        """Advance the sampled v by the gradients about to be used."""
+        for index, (group, _, name, p, _) in enumerate(self.optimizer._named()):
+            if p.grad is None or p.ndim < 2:
+                continue
+            if isinstance(p, DTensor):
+                raise RuntimeError(f"{name} is sharded: sampled SNR needs whole gradients. Measure with lines=None.")
+            g = p.grad.flatten(1).float()  # (n, rest)
+            if name not in self.sample:
+                pick = cluster.generator(self.seed, index)
+                at = [torch.randperm(n, generator=pick)[: self.lines].to(g.device) for n in g.shape]
+                self.sample[name] = (*at, *(torch.zeros(s, device=g.device) for s in ((len(at[0]), g.shape[1]),
+                                                                                     (g.shape[0], len(at[1])))))  # fmt: skip
+            rows, cols, v_rows, v_cols = self.sample[name]
+            beta2 = float(group["betas"][1])
+            v_rows.mul_(beta2).add_(g[rows].square(), alpha=1 - beta2)
+            v_cols.mul_(beta2).add_(g[:, cols].square(), alpha=1 - beta2)
+
+    @torch.no_grad()
+    def measure(self, step: int) -> dict:
+        """Measure now, after `step` updates: {name: {K: SNR}}. RuntimeError: before a first step, or v is averaged."""
+        found = {}
+        for _, _, name, p, rule in self.optimizer._named():
+            if p.grad is None and "exp_avg_sq" not in self.optimizer.state.get(p, {}):
+                continue
+            if self.lines and p.ndim > 1 and name in self.sample:
+                _, _, v_rows, v_cols = self.sample[name]
+                rest = tuple(range(1, p.ndim))
+                table = {(0,): snr(v_cols, (0,)), rest: snr(v_rows, (1,)), (0, *rest): snr(v_rows, (0, 1))}
+            elif self.lines:
+                continue
+            else:
+                if rule is not None:
+                    raise RuntimeError(
+                        f"{name} holds a v averaged over {rule}, whose SNR is undefined. Measure with rules='adam', "
+                        f"or with lines=16, which keeps a sample of its own."
+                    )
+                v = self.optimizer.state.get(p, {}).get("exp_avg_sq")
+                if v is None:
+                    continue
+                table = snr_table(v) if v.ndim else {}
+            found[clean(name)] = table
+        if not found:
+            raise RuntimeError("no second moments yet: take a step before measuring SNR")
+        self.steps.append(step)
+        for name, table in found.items():
+            for K, value in table.items():
+                line = self.values.setdefault(name, {}).setdefault(K, [])
+                line += [math.nan] * (len(self.steps) - 1 - len(line)) + [value]
+        return found
+
+    def mean(self, burn_in: float = 0) -> dict:
+        """{name: {K: mean SNR}}, leaving out NaN and the first part `burn_in` of the measurements."""
+        first = int(burn_in * len(self.steps))
+        return {n: {K: _nanmean(x[first:]) for K, x in table.items()} for n, table in self.values.items()}
+
+    def save(self, path) -> None:
+        """Write the measurements as JSON, NaN as null."""
+        plain = lambda x: None if math.isnan(x) else x
+        rows = {n: {",".join(map(str, K)): [plain(v) for v in x] for K, x in t.items()} for n, t in self.values.items()}
+        report.write_json(path, {"steps": self.steps, "snr": rows})
+
+    def load(self, path) -> "SNRTracker":
+        """Replace the measurements by those that save() wrote."""
+        saved = json.loads(Path(path).read_text())
+        number = lambda x: math.nan if x is None else x
+        key = lambda K: tuple(int(d) for d in K.split(","))
+        self.steps = saved["steps"]
+        self.values = {n: {key(K): [number(v) for v in x] for K, x in t.items()} for n, t in saved["snr"].items()}
+        return self
