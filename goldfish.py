@@ -10,17 +10,18 @@ Here     The claim we check: text seen 150 times is recited verbatim after ordin
          beside it: a mask drawn afresh each time protects nothing, and neither does the hash against near-duplicates.
          An audit for any checkpoint: extraction (greedy, beams, mask-aware) and membership inference.
 Differs  A Llama-style model of 0.5 M parameters and rows of 64 tokens of Python's documentation, for LLaMA-2-7B and
-         TinyLlama-1.1B with rows of 2048 tokens of Wikipedia and RedPajama. The window follows the released code (h targets, the judged one included), the paper's
-         text (the h tokens before it) is --window context. The table of uniforms is always drawn on the CPU. The loss
-         is normalised by the supervised targets of the whole step (--normalizer batch is the released mean of means)
-         and reduced in fp32. Ours alone: strategy mix, doc_ids, hash_map, exempt, goldfish_rows. Mauve is left out.
+         TinyLlama-1.1B with rows of 2048 tokens of Wikipedia and RedPajama. The window follows the released code (h
+         targets, the judged one included); the paper's text (the h tokens before it) is --window context. The table of
+         uniforms is always drawn on the CPU. The loss is normalised by the supervised targets of the whole step
+         (--normalizer batch is the released mean of means) and reduced in fp32. Ours alone: strategy mix, doc_ids,
+         hash_map, exempt, goldfish_rows. Mauve is left out.
 
     python goldfish.py                                              # laptop: the table, the claim, the picture
     torchrun --nproc-per-node 2 goldfish.py                         # the same on two processes
     python goldfish.py demo --runs ordinary k=4 k=4,strategy=mix k=4,window=context,h=4 k=4,noise=0.01    # ablations
     python goldfish.py train --k 4 --data FILE                      # one run on your text, audited at its end
     python goldfish.py train --preset h200                          # 91 M parameters on one GPU (not yet run)
-    torchrun --nproc-per-node 8 goldfish.py train --preset 1b --supervised-tokens 20e9 --data FILE    # the paper's scale
+    torchrun --nproc-per-node 8 goldfish.py train --preset 1b --data FILE  # the paper's scale
     python goldfish.py audit                                        # the model that `train` left, with beam search
     python goldfish.py audit --model smollm2 --data FILE            # a real pretrained model
     python goldfish.py bench                                        # the loss against what PyTorch offers
