@@ -89,6 +89,7 @@ class Config:
     tile: int = opt(8, "pixels along a tile's side: 8 suits a CPU, 16 a GPU")
     backend: str = opt("auto", "auto: Triton on a GPU, torch elsewhere", choices=BACKENDS)
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    threads: int = opt(1, "CPU threads per process; the pieces of work are small, so more gain little")
     # files
     out: str = opt("results/speedy_splat", "folder of what the run writes, and of the checkpoint to resume")
     resume: bool = opt(False, "train: go on from the checkpoint in --out")
@@ -99,7 +100,7 @@ class Config:
     view: int = opt(-1, "render: only this camera of --data; -1: the turntable")
 
     def __post_init__(self):
-        for name in ("size", "views", "points", "steps", "sh_every", "views_per_step", "tile", "frames"):
+        for name in ("size", "views", "points", "steps", "sh_every", "views_per_step", "tile", "frames", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         for name in ("soft_ratio", "hard_ratio"):
@@ -552,17 +553,33 @@ def render(
     ValueError: unknown tiles or backend, or too many pairs.
     """
     _check_choice("tiles", tiles, TILES)
-    use_triton(backend, model.means.device)
-    s = project(model, camera, sh_degree)
+    fast = use_triton(backend, model.means.device) and not torch.is_grad_enabled()
+    s = (_project_triton if fast else project)(model, camera, sh_degree)
     if s.mean2d.requires_grad:
         s.mean2d.retain_grad()
     return rasterize(s, camera.width, camera.height, background, tiles, backend, tile)
 
 
+def _project_triton(model: GaussianModel, camera: Camera, sh_degree: int | None) -> Splats:
+    """project without gradients, in one kernel."""
+    degree, c = model.degree if sh_degree is None else min(sh_degree, model.degree), camera.to(model.means)
+    raw, sh = model.raw, torch.cat([model.sh_dc, model.sh_rest], dim=1)
+    parts = raw["means"], raw["quat"], raw["scale"], raw["opacity"], sh
+    table, depth, visible = kernels.project_triton(
+        *parts, c.viewmat, c.fx, c.fy, c.cx, c.cy, c.width, c.height, degree
+    )
+    return Splats(table[:, :2], depth, table[:, 2:5], table[:, 5], table[:, 6:], visible)
+
+
+def _records(s: Splats) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernels take: table (N, 9), depth, visible."""
+    return torch.cat([s.mean2d, s.conic, s.opacity[:, None], s.color], dim=1), s.depth, s.visible
+
+
 def rasterize(s: Splats, width: int, height: int, background, tiles: str, backend: str, tile: int) -> Render:
     """Tiles, order and blending of projected Gaussians."""
     if use_triton(backend, s.mean2d.device):
-        layer, n_tiles, pairs = kernels.rasterize(s, width, height, tile, tiles)
+        layer, n_tiles, pairs = kernels.rasterize_triton(*_records(s), width, height, tile, tiles)
     else:
         ids, starts = bin_pairs(s, width, height, tile, tiles)
         columns = -(-width // tile)
@@ -615,7 +632,7 @@ def prune_scores(
         for pick in eye.sum(dim=0, keepdim=True) if channels == "sum" else eye:  # dL/dI, the same at every pixel
             g = torch.cat([pick, -(pick * background).sum()[None]])  # and dL/dcoverage
             if use_triton(backend, s.mean2d.device):
-                score += kernels.score(s, camera.width, camera.height, tile, tiles, g)
+                score += kernels.score_triton(*_records(s), camera.width, camera.height, tile, tiles, g)
             else:
                 score += _score(s, camera.width, camera.height, tile, tiles, g)
     return score
@@ -2003,6 +2020,8 @@ def bench_gsplat(model: GaussianModel, camera: Camera, w: cluster.World) -> str:
 
 
 def main(cfg: Config) -> None:
+    torch.set_num_threads(cfg.threads)
+    torch.empty(7_000_000)  # allocated and freed: from now on glibc keeps freed blocks of this size for the next one
     with cluster.world(cfg.device) as w:
         if cfg.mode == "train":
             train(load(cfg, w), cfg, w)
