@@ -929,6 +929,9 @@ def audit(cfg: Config, text: Text, model) -> dict:
     wrong = t < n_s
     at_dropped = drop[wrong, n_p + t[wrong] - 1]  # generated token j is target n_p + j - 1
     member, stranger = mia_scores(model, canary), mia_scores(model, other)
+    if cfg.k:  # one who knows the mask looks at supervised targets only
+        aware = (mia_scores(model, r, mask=mask_of(cfg, r))["loss"] for r in (canary, other))
+        member["loss_supervised"], stranger["loss_supervised"] = aware
     return {
         "exact": exact_match(gen, ref), "accuracy": token_accuracy(gen, ref),
         "rouge_l": rouge_l(gen, ref).mean().item(), "longest_run": longest_run(gen, ref).mean().item(),
@@ -992,12 +995,17 @@ def demo(cfg: Config, w: cluster.World) -> None:
     gap = max(abs(f["val_loss"] - plain["val_loss"]) for f in masked)
     hits = [found[s]["at_dropped"] for s in ("k=8", "k=4", "k=3") if s in found]
     off = min(1.0 if h is None else h for h in hits)
+    order = [found[s]["exact"] for s in ("ordinary", "k=8", "k=4", "k=3") if s in found]
     run.claim(
         "goldfish loss stops verbatim recall and keeps validation loss",
         "84 of 100 articles recited after ordinary training, 0 of 100 with k=4 (LLaMA-2-7B)",
         f"ordinary recites {plain['exact']:.2f} of the canaries, k=4 {masked[0]['exact']:.2f}, "
         f"k=3 {masked[1]['exact']:.2f}; {off:.0%} of divergences at a dropped target; validation loss within {gap:.3f}",
-        plain["exact"] >= 0.9 and max(f["exact"] for f in masked) <= 0.05 and off == 1 and gap <= 0.1,
+        plain["exact"] >= 0.9
+        and order == sorted(order, reverse=True)
+        and max(order[-2:]) <= 0.05
+        and off == 1
+        and gap <= 0.1,
         f"{cfg.canaries} canaries of {cfg.block + 1} tokens, {cfg.steps} steps, seed {cfg.seed}, {w.device.type}",
     )
 
