@@ -955,10 +955,13 @@ def row_config(cfg: Config, spec: str) -> Config:
     kind, changed = {f.name: type(f.default) for f in fields(Config)}, {}
     try:
         for item in ALIASES.get(spec, spec).split(","):
-            name, value = item.replace("-", "_").split("=", 1)
+            name, _, value = item.partition("=")
+            name = name.replace("-", "_")
+            if name not in kind or not value:
+                raise ValueError(f"{item!r} is not FIELD=VALUE with a field of --help")
             changed[name] = bool(int(value)) if kind[name] is bool else kind[name](value)
         return replace(cfg, **changed)
-    except (ValueError, KeyError) as e:
+    except ValueError as e:
         raise BadInput(f"--runs {spec}: {e}. A row is one of {', '.join(ALIASES)}, or such as k=4,h=7.") from e
 
 

@@ -18,6 +18,10 @@ from torch import Tensor
 from common.cli import BadInput
 
 
+class BadLaunch(BadInput, RuntimeError):
+    """More ranks than GPUs on this node."""
+
+
 @dataclass(frozen=True)
 class World:
     rank: int  # 0..size-1 over all nodes
@@ -37,17 +41,12 @@ class World:
 
 @contextmanager
 def world(device: str = "auto") -> Iterator[World]:
-    """Join torchrun's group, or make a group of one; device is auto, cpu or cuda.
-
-    RuntimeError: fewer GPUs here than local ranks, or cuda asked for where there is none.
-    """
+    """Join torchrun's group, or make a group of one; device is auto, cpu or cuda. RuntimeError: too few GPUs here."""
     rank, size, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     gpus = torch.cuda.device_count()
     if cuda and local >= gpus:
-        raise RuntimeError(
-            f"local rank {local} has no GPU: {gpus} visible here. Lower --nproc-per-node or pass --device cpu."
-        )
+        raise BadLaunch(f"local rank {local} has no GPU of {gpus} here. Lower --nproc-per-node or pass --device cpu.")
     dev = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(dev)

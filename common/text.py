@@ -25,7 +25,7 @@ def corpus(data: tuple[str, ...] | str = "docs") -> str:
 def _docs() -> str:
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions ship Python without its help texts
+    except ImportError:  # a Python without its help texts
         return _sources()
     return "\n\n".join(topics[key] for key in sorted(topics))
 

@@ -710,12 +710,19 @@ T = torch.arange(1, 21).reshape(1, 20)
         (lambda: G.Text(G.Config(canaries=1800)), BadInput, r"too small: it has \d+ tokens.*need \d+"),
         (lambda: G.row_config(G.Config(), "k=1"), BadInput, "k must be"),
         (lambda: G.row_config(G.Config(), "kk=4"), BadInput, "kk.*such as k=4,h=7"),
+        (lambda: G.row_config(G.Config(), "k=4,lr=x"), BadInput, "such as k=4,h=7"),
         (lambda: G.row_config(G.Config(), "hash"), BadInput, "such as k=4,h=7"),
     ],
 )  # fmt: skip
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_row_fields():
+    c = G.row_config(G.Config(), "k=8,lr=1e-3,canary-share=0.25,rechunk=1,strategy=mix")
+    assert (c.k, c.lr, c.canary_share, c.rechunk, c.strategy) == (8, 1e-3, 0.25, True, "mix")
+    assert G.row_config(G.Config(h=7), "ordinary") == G.Config(h=7, k=0)
 
 
 def test_warnings_and_what_is_allowed():
