@@ -67,13 +67,13 @@ class Config:
     quick: bool = opt(False, "demo: fewer steps and views, coarser numbers")
     # the scene
     data: str = opt("scene", "scene: the ray-traced one; a COLMAP or NeRF-synthetic folder; bench: an .npz file too")
-    size: int = opt(64, "pixels along a side of the ray-traced views and of the turntable's frames")
+    size: int = opt(96, "pixels along a side of the ray-traced views and of the turntable's frames")
     views: int = opt(100, "ray-traced views, every 8th held out")
     points: int = opt(2000, "first Gaussians where the scene brings no points; for the ray-traced scene always")
     init: str = opt("points", "start from the scene's points, or from random ones", choices=("points", "random"))
     background: str = opt("auto", "behind the scene", choices=("auto", "black", "white"))
     # training
-    steps: int = opt(1500, "optimizer steps; the milestones of 3D-GS and of pruning scale with it")
+    steps: int = opt(1000, "optimizer steps; the milestones of 3D-GS and of pruning scale with it")
     lr_scale: float = opt(4.0, "factor on all learning rates; 1 for long runs")
     sh_degree: int = opt(1, "highest degree of the colours' spherical harmonics", choices=(0, 1, 2, 3))
     sh_every: int = opt(250, "steps before the degree rises by one")
@@ -565,9 +565,7 @@ def _project_triton(model: GaussianModel, camera: Camera, sh_degree: int | None)
     degree, c = model.degree if sh_degree is None else min(sh_degree, model.degree), camera.to(model.means)
     raw, sh = model.raw, torch.cat([model.sh_dc, model.sh_rest], dim=1)
     parts = raw["means"], raw["quat"], raw["scale"], raw["opacity"], sh
-    table, depth, visible = kernels.project_triton(
-        *parts, c.viewmat, c.fx, c.fy, c.cx, c.cy, c.width, c.height, degree
-    )
+    table, depth, visible = kernels.project_triton(*parts, c.viewmat, c.fx, c.fy, c.cx, c.cy, c.width, c.height, degree)
     return Splats(table[:, :2], depth, table[:, 2:5], table[:, 5], table[:, 6:], visible)
 
 
@@ -1196,7 +1194,7 @@ class Images(Sequence):
 
     def __getitem__(self, i: int) -> Tensor:
         if i not in self.seen:
-            self.seen[i] = torch.from_numpy(read_image(*self.files[i], self.background))
+            self.seen[i] = torch.from_numpy(read_image(*self.files[i], self.background).copy())
         return self.seen[i].float() / 255
 
 
@@ -1718,15 +1716,15 @@ def exactness(model: GaussianModel, camera: Camera, background, tile: int) -> di
 def demo(cfg: Config, w: cluster.World) -> None:
     """Train without and with pruning, print the tables, draw the pictures, state the claim."""
     if cfg.quick:
-        cfg = replace(cfg, steps=min(cfg.steps, 500), views=min(cfg.views, 60), points=min(cfg.points, 1500))
-    data, run, found, models, spent = load(cfg, w), None, {}, {}, {}
-    run = report.Run(cfg.out, cfg, w)
+        low = {"size": 80, "views": 60, "points": 1500, "steps": 400}
+        cfg = replace(cfg, **{name: min(n, getattr(cfg, name)) for name, n in low.items()})
+    data, run, found, models = load(cfg, w), report.Run(cfg.out, cfg, w), {}, {}
     for name, c in {"3D-GS": replace(cfg, soft_ratio=0.0, hard_ratio=0.0), "Speedy-Splat": cfg}.items():
         start, trainer = time.perf_counter(), Trainer(data, c, w)
         rows = trainer.run(run, name)
-        spent[name], found[name] = time.perf_counter() - start, trainer.evaluate()
+        found[name] = trainer.evaluate()
         models[name] = trainer.whole()[0]
-        w.print(f"\n{name}: {cfg.steps} steps, {trainer.seconds:.0f} s of training, {spent[name]:.0f} s in all")
+        w.print(f"\n{name}: {cfg.steps} steps, {trainer.seconds:.0f} s of training, {time.perf_counter() - start:.0f} s in all")
         w.print(report.table(HEAD, rows))
         if w.main:
             models[name].save_ply(f"{cfg.out}/{name.lower()}.ply")
@@ -1742,15 +1740,12 @@ def demo(cfg: Config, w: cluster.World) -> None:
     share, fewer = plain["pairs_accutile"] / plain["pairs_vanilla"], len(models["3D-GS"]) / len(models["Speedy-Splat"])
     exact = max(off[m] for m in TILES if m != "vanilla") < 1e-9
     good = plain["psnr"] >= 28 and pruned["psnr"] >= 27.5 and fewer >= 3
-    wanted = "PSNR >= 28 and >= 27.5, 3 x fewer, pairs < 0.75"
-    if cfg.quick:
-        good, wanted = plain["psnr"] >= 24 and pruned["psnr"] >= 23 and fewer >= 3, "quick: PSNR >= 24 and >= 23"
     run.claim(
         "AccuTile gives the same image from fewer pairs, and most Gaussians can be pruned",
         "pairs not given; 10.6 x fewer Gaussians, -0.61 dB PSNR on Mip-NeRF 360 (27.55 -> 26.94)",
         f"AccuTile needs {share:.2f} of vanilla's pairs, image {'equal to' if exact else 'NOT EQUAL to'} the dense one; "
         f"{len(models['3D-GS'])} -> {len(models['Speedy-Splat'])} Gaussians ({fewer:.1f} x fewer), PSNR "
-        f"{plain['psnr']:.2f} -> {pruned['psnr']:.2f} dB ({wanted})",
+        f"{plain['psnr']:.2f} -> {pruned['psnr']:.2f} dB",
         good and share < 0.75 and exact,
         f"ray-traced scene, {cfg.views} views of {cfg.size} px, {cfg.steps} steps, seed {cfg.seed}, {w.device.type}",
     )
