@@ -114,7 +114,7 @@ if triton is not None:
     def _finish_kernel(
         v_ptr, line_ptr, sum_ptr, count_ptr, hyper_ptr, skip_ptr, clip_ptr, coef_ptr, inv_ptr, BLOCK: tl.constexpr
     ):
-        """Move the second moments of BLOCK sums, and leave in inv what multiplies m: lr / bc1 / (sqrt(v / bc2) + eps)."""
+        """Move the second moments of BLOCK sums; inv takes what multiplies m: lr / bc1 / (sqrt(v / bc2) + eps)."""
         if tl.load(skip_ptr) != 0.0:
             return
         line = line_ptr + 6 * tl.program_id(0)
@@ -239,8 +239,8 @@ def _table(rows: list, device: torch.device, dtype: torch.dtype = torch.int64) -
 class MultiTensor:
     """The step over `entries`, which share dtypes, device and hyperparameters.
 
-    sums(grads, norm) gives float32 sums of squares for the COL and SCALAR entries, to be added over ranks by the caller,
-    and with norm the squared norm and the number of non-finite gradients. apply(...) moves everything.
+    sums(grads, norm) gives float32 sums of squares for the COL and SCALAR entries, for the caller to add over ranks;
+    with norm also the squared norm and the number of non-finite gradients. apply(...) moves everything.
     ValueError: an entry is not contiguous, not float32/bfloat16/float16, or entries differ in dtype.
     """
 
@@ -287,9 +287,11 @@ class MultiTensor:
             update.setdefault(e.mode, []).extend(walk)
             tops, lefts = range(0, rows, SPLIT), range(0, cols, SUM[1])
             width, splits = (cols, len(tops)) if e.mode == COL else (1, len(tops) * len(lefts))
-            at = lambda s, c, e=e, w=width, l=len(lefts): self.partials + (s * w if e.mode == COL else s * l + c)
+            by_row, by_col = (width, 0) if e.mode == COL else (len(lefts), 1)  # places of the partial sums
             sums.setdefault(e.mode, []).extend(
-                (k, i, j, at(s, c)) for s, i in enumerate(tops) for c, j in enumerate(lefts)
+                (k, i, j, self.partials + s * by_row + c * by_col)
+                for s, i in enumerate(tops)
+                for c, j in enumerate(lefts)
             )
             if e.mode in (COL, SCALAR):
                 lines += [(k, j, width, splits, self.partials, slot) for j in range(0, width, LINE)]
