@@ -313,7 +313,7 @@ def q4_scores_triton(q: Tensor, code: Tensor, scale: Tensor, low: Tensor, fast: 
 
 
 def topk_triton(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of s (Hk, R, n) fp32 contiguous, by radix select -> values, rows int64, (Hk, R, k) each.
+    """The k largest of each row of s (Hk, R, n) fp32 contiguous, by radix select -> values and rows, (Hk, R, k).
 
     Rows ascend, the lowest index wins a tie. k is known on the host, all counts stay on the device.
     """
