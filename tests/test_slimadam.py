@@ -446,6 +446,9 @@ def test_small_things():
         x.grad = torch.zeros_like(x)
     optimizer.step()
     close(p.detach(), torch.full((2, 3), 0.95))  # zero gradient: only decay moves a weight
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    optimizer.step()
+    close(p.detach(), torch.full((2, 3), 0.95))  # hyperparameters are read at each step
     close(q.detach(), torch.ones(3))
     tiny = nn.Parameter(torch.zeros(2, 2, dtype=torch.float16))
     small = SlimAdamW([("q_proj.weight", tiny)], lr=0.1)
