@@ -577,10 +577,13 @@ def test_ply_faults(tmp_path):
     says("type list", head + b"property list uchar int vertex_indices\nend_header\n" + body)
     says("no element vertex", b"ply\nformat binary_little_endian 1.0\nend_header\n")
     numbers = np.frombuffer(body, "<f4").reshape(5, 62).copy()
-    for column, row, value, match in ((0, 3, math.nan, "means of Gaussian 3 is not finite"),
-                                      (54, 2, math.inf, "opacity of Gaussian 2"), (58, 4, 0, "quat of Gaussian 4 has length 0")):  # fmt: skip
+    for column, row, value, match in (
+        (slice(0, 1), 3, math.nan, "means of Gaussian 3 is not finite"),
+        (slice(54, 55), 2, math.inf, "opacity of Gaussian 2 is not finite"),
+        (slice(58, 62), 4, 0, "quat of Gaussian 4 has length 0"),
+    ):
         bad = numbers.copy()
-        bad[row, column : column + 4 if column == 58 else column + 1] = value
+        bad[row, column] = value
         says(match, head + b"end_header\n" + bad.tobytes())
     data = np.zeros(2, [("x", "<f4"), ("y", "<f4"), ("z", "<f4"), ("red", "u1"), ("green", "u1"), ("blue", "u1")])
     data["red"], data["x"] = 255, [1, 2]
@@ -757,20 +760,22 @@ def test_modes_on_folders_by_command_line(scene, tmp_path):
     folders = [write_colmap(scene, tmp_path / "c"), write_blender(scene, tmp_path / "b")]
     for folder in folders:
         out = str(tmp_path / f"out_{folder.name}")
-        common = ["--data", str(folder), "--out", out, "--points", "300"]
-        done = run_script("speedy_splat.py", "train", *common, "--steps", "60", "--max-gaussians", "300")
-        assert done.returncode == 0, done.stderr
-        assert "model.ply" in done.stdout
-    done = run_script(
-        "speedy_splat.py", "render", *common, "--model", f"{out}/model.ply", "--frames", "3", "--size", "24"
-    )
-    assert done.returncode == 0 and "3 frames" in done.stdout, done.stderr
-    images = [S.read_image(Path(out) / "frames" / f"{i:04d}.png", (24, 24)) for i in range(3)]
-    assert all(im.std() > 10 for im in images) and (images[0] != images[1]).any()
-    done = run_script("speedy_splat.py", "eval", *common, "--model", f"{out}/model.ply")
-    found = json.loads((Path(out) / "eval.json").read_text())
-    assert done.returncode == 0 and found["psnr"] > 12 and found["pairs_vanilla"] > found["pairs_pixel"] > 0
-    done = run_script("speedy_splat.py", "render", *common, "--model", f"{out}/model.ply", "--view", "99")
+        common = {"data": str(folder), "out": out, "points": 300, "steps": 80, "max_gaussians": 300, "device": "cpu"}
+        common |= {"soft_ratio": 0.2, "hard_ratio": 0.1}
+        S.main(S.Config(mode="train", **common))
+        common["model"] = f"{out}/model.ply"
+        S.main(S.Config(mode="render", **common, frames=3, size=24))
+        images = [S.read_image(Path(out) / "frames" / f"{i:04d}.png", (24, 24)) for i in range(3)]
+        assert all(im.std() > 10 for im in images) and (images[0] != images[1]).any()
+        S.main(S.Config(mode="eval", **common))
+        found = json.loads((Path(out) / "eval.json").read_text())
+        empty = S.psnr(torch.zeros(3) if folder.name == "c" else torch.ones(3), torch.stack(list(scene.images)))
+        assert found["psnr"] > empty + 3 and found["pairs_vanilla"] > found["pairs_pixel"] > 0
+    argv = ["--data", str(folders[0]), "--model", common["model"], "--out", out]
+    done = run_script("speedy_splat.py", "render", *argv, "--view", "2", "--device", "cpu")
+    assert done.returncode == 0 and "1 frames" in done.stdout, done.stderr
+    assert S.read_image(Path(out) / "frames" / "0002.png", (32, 32)).std() > 10
+    done = run_script("speedy_splat.py", "render", *argv, "--view", "99")
     assert done.returncode == 2 and "cameras 0 to 11" in done.stderr and "Traceback" not in done.stderr
 
 
@@ -790,7 +795,9 @@ def test_bench_on_an_npz(tmp_path, capsys):
 def test_the_headers_command_shortened(tmp_path):
     """The last line names the share of pairs and holds; every row's numbers come from its own mode and run."""
     out = ["--out", str(tmp_path)]
-    done = run_script("speedy_splat.py", "--quick", "--size", "40", "--steps", "200", "--max-gaussians", "1500", *out)
+    done = run_script(
+        "speedy_splat.py", *"--views 16 --size 40 --steps 100 --points 500 --max-gaussians 800".split(), *out
+    )
     assert done.returncode == 0, done.stderr
     last = done.stdout.strip().splitlines()[-1]
     assert re.search(r"AccuTile needs 0\.[67]\d of vanilla's pairs, image equal to the dense one", last), last
@@ -799,9 +806,9 @@ def test_the_headers_command_shortened(tmp_path):
     n, kept = map(int, re.search(r"(\d+) -> (\d+) Gaussians", last).groups())
     assert kept * 2.9 < n
     rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()[1:]]
-    events = [r["events"] for r in rows if r["run"] == "Speedy-Splat"]
+    events = [r["events"] for r in rows if r.get("run") == "Speedy-Splat"]
     assert sum("soft prune" in e for e in events) == 3 and sum("hard prune" in e for e in events) == 5
-    assert not any("prune" in r["events"] for r in rows if r["run"] == "3D-GS")
+    assert not any("prune" in r["events"] for r in rows if r.get("run") == "3D-GS")
 
 
 # ---- ranks
@@ -849,9 +856,9 @@ def _two_views(rank, size, out):
 
 
 def test_two_ranks_equal_one_process_and_gaussians_can_be_sharded(tmp_path):
-    for size in (1, 2):
-        (tmp_path / str(size)).mkdir()
-        run_ranks(_two_views, size, tmp_path / str(size), str(tmp_path))
+    with cluster.world("cpu"):
+        _two_views(0, 1, str(tmp_path))
+    run_ranks(_two_views, 2, tmp_path, str(tmp_path))
     one, *two = (torch.load(tmp_path / f"{n}_{r}.pt") for n, r in ((1, 0), (2, 0), (2, 1)))
     for run in two:
         assert run["counts"] == one["counts"]
@@ -880,5 +887,6 @@ def test_kill_both_ranks_and_resume(tmp_path):
     assert "model.ply" in out[0], out
     assert _metrics(killed) == _metrics(whole)
     assert (killed / "model.ply").read_bytes() == (whole / "model.ply").read_bytes()
-    done = run_script("speedy_splat.py", *argv, "--resume", "--out", str(killed), "--soft-ratio", "0.3")
-    assert done.returncode == 2 and "--soft-ratio 0.6" in done.stderr and "Traceback" not in done.stderr
+    setting = {"size": 16, "views": 8, "points": 100, "steps": 130, "views_per_step": 2, "max_gaussians": 160}
+    with pytest.raises(ValueError, match="trained with --soft-ratio 0.6, this run asks for --soft-ratio 0.3"):
+        S.train(None, S.Config(**setting, out=str(killed), resume=True, soft_ratio=0.3, device="cpu"))
