@@ -1489,12 +1489,9 @@ class Trainer:
 
     def views(self, step: int) -> list[int]:
         """The views of a step: drawn without replacement, reshuffled when used up; a function of seed and step."""
-        order, n = {}, len(self.data.train)
-        for i in range(step * self.cfg.views_per_step, (step + 1) * self.cfg.views_per_step):
-            if i // n not in order:
-                order[i // n] = torch.randperm(n, generator=cluster.generator(self.cfg.seed, 3, i // n)).tolist()
-        at = range(step * self.cfg.views_per_step, (step + 1) * self.cfg.views_per_step)
-        return [self.data.train[order[i // n][i % n]] for i in at]
+        B, n = self.cfg.views_per_step, len(self.data.train)
+        order = lambda epoch: torch.randperm(n, generator=cluster.generator(self.cfg.seed, 3, epoch))
+        return [self.data.train[int(order(i // n)[i % n])] for i in range(step * B, (step + 1) * B)]
 
     def degree(self) -> int:
         return min(self.cfg.sh_degree, self.step // self.cfg.sh_every)
@@ -1513,9 +1510,8 @@ class Trainer:
             at = views[first : first + w.size]
             v, degree = at[w.rank], self.degree()
             if self.sharded:
-                r, looked = render_sharded(
-                    self.model, [self.cameras[i] for i in at], w, sh_degree=degree, **self.look()
-                )
+                cameras = [self.cameras[i] for i in at]
+                r, looked = render_sharded(self.model, cameras, w, sh_degree=degree, **self.look())
             else:
                 r = render(self.model, self.cameras[v], sh_degree=degree, **self.look())
                 at, looked = [v], [(r.mean2d, r.n_tiles)]
@@ -1807,11 +1803,8 @@ def draw_comparison(path: str, data: Dataset, view: int, camera: Camera, models:
         say(axes[0], "ground truth", f"held-out view {view}, {camera.width} x {camera.height}")
         for ax, (name, image) in zip(axes[1:3], shown.items(), strict=True):
             ax.imshow(image.clamp(0, 1).numpy(), **smooth)
-            say(
-                ax,
-                name,
-                f"{len(models[name])} Gaussians\n{psnr(image, truth).item():.2f} dB here, {found[name]['psnr']:.2f} mean",
-            )
+            here, mean = psnr(image, truth).item(), found[name]["psnr"]
+            say(ax, name, f"{len(models[name])} Gaussians\n{here:.2f} dB here, {mean:.2f} dB mean")
         axes[3].imshow((4 * (shown["Speedy-Splat"] - truth).abs()).clamp(0, 1).numpy(), **smooth)
         say(axes[3], "error of Speedy-Splat x 4", "")
         top = float(max(h.max() for h in heat.values()))
