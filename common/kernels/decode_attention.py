@@ -330,7 +330,8 @@ def topk_triton(s: Tensor, k: int) -> tuple[Tensor, Tensor]:
     per = _per(blocks, rows)
     splits = triton.cdiv(blocks, per)
     top = torch.empty(rows, blocks, dtype=torch.int32, device=dev)
-    state = torch.tensor([0, k], dtype=torch.int32, device="cpu").to(dev, non_blocking=True).repeat(rows, 1)
+    state = torch.zeros(rows, 2, dtype=torch.int32, device=dev)  # bits found so far, how many are needed
+    state[:, 1] = k
     hist = torch.zeros(rows, 2048, dtype=torch.int32, device=dev)
     for shift, bins in ((21, 2048), (10, 2048), (0, 1024)):
         how = {"BINS": bins, "FIRST": shift == 21}
