@@ -551,11 +551,9 @@ def _matrix(shape: tuple, K: tuple) -> tuple[int, int, int]:
     if not K or len(K) == ndim:
         return (kernels.SCALAR if K else kernels.FULL), 1, n
     if K == tuple(range(ndim - len(K), ndim)):
-        rows = math.prod(shape[: ndim - len(K)])
-        return kernels.ROW, rows, n // max(1, rows)
+        return kernels.ROW, math.prod(shape[: -len(K)]), math.prod(shape[-len(K) :])
     if K == tuple(range(len(K))):
-        rows = math.prod(shape[: len(K)])
-        return kernels.COL, rows, n // max(1, rows)
+        return kernels.COL, math.prod(shape[: len(K)]), math.prod(shape[len(K) :])
     return -1, 0, 0
 
 
@@ -936,16 +934,10 @@ class SlimAdamW(torch.optim.Optimizer):
         return clip, skip
 
     def _engines(self, pieces: list[Piece]) -> tuple[list, list[Piece]]:
-        """Pieces for Triton, gathered by what one launch can take, and the rest."""
+        """Pieces for Triton by what one launch takes, empty shards too, so that ranks agree; and the rest."""
         buckets, plain = {}, []
         for x in pieces:
-            if (
-                x.mode < 0
-                or x.g is None
-                or not x.g.is_contiguous()
-                or x.g.dtype not in TRITON_DTYPES
-                or not x.p.numel()
-            ):
+            if x.mode < 0 or x.g is None or not x.g.is_contiguous() or x.g.dtype not in TRITON_DTYPES:
                 plain.append(x)
             else:
                 key = (id(x.group), x.p.dtype, x.m.dtype, x.g.dtype, x.p.device, x.groups, x.shards)

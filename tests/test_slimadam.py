@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import warnings
 from pathlib import Path
 from unittest import mock
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import finish, run_ranks, run_script, start_ranks
+from ranks import finish, run_ranks, start_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 import slimadam
+from common import cli
 from slimadam import (
     SlimAdamW,
     SNRTracker,
@@ -640,6 +642,14 @@ def _sharded(rank, size, folder, stage):
     _steps(Q, b, 0, 3)
     for n in P:  # the random bits do not depend on the number of ranks
         close(whole(P[n].detach()).float(), Q[n].detach().float(), 0.0)
+    if size == 3 and slimadam.kernels.available() and os.environ.get("TRITON_INTERPRET") == "1":
+        (P, rules), (Q, _) = _tensors(mesh), _tensors()
+        kw = {"rules": rules, "max_grad_norm": 1.0}
+        a, b = SlimAdamW(P.items(), fused=True, **kw), SlimAdamW(Q.items(), **kw)
+        _steps(P, a, 0, 2)
+        _steps(Q, b, 0, 2)
+        for n in P:  # the Triton step on shards, empty ones included
+            close(whole(P[n].detach()), Q[n].detach(), 1e-6)
     (P, _), (Q, _) = _tensors(mesh), _tensors()
     a, b = SlimAdamW(P.items(), rules="adam"), SlimAdamW(Q.items(), rules="adam")
     _steps(P, a, 0, 2)
@@ -709,50 +719,56 @@ def _ddp(rank, size):
 
 # ---- the script
 
-TINY = ("--steps", "12", "--warmup", "2", "--chars", "200000", "--d-model", "16", "--n-head", "2", "--block", "16",
-        "--device", "cpu")  # fmt: skip
+TINY = {"steps": 12, "warmup": 2, "chars": 200000, "d_model": 16, "n_head": 2, "block": 16, "device": "cpu"}
 
 
-def _last(path):
-    return json.loads(Path(path, "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
+def script(mode, out, **kw):
+    """One run in this process; the last line of its metrics."""
+    slimadam.main(slimadam.Config(mode, out=str(out), **{**TINY, **kw}))
+    return json.loads(Path(out, "metrics.jsonl").read_text().splitlines()[-1])
 
 
 def test_train_resumes_bit_exactly_and_fsdp_agrees(tmp_path):
-    base = ("slimadam.py", "train", *TINY, "--save-every", "5", "--out")
-    outs = {n: str(tmp_path / n) for n in ("whole", "parts", "fsdp", "fsdp_parts")}
-    done = run_script(*base, outs["whole"])
-    assert done.returncode == 0, done.stderr
-    short = [*base[:2], *TINY[2:], "--save-every", "5"]
-    whole_loss = _last(outs["whole"])
-    trainer_state = Path(outs["whole"], "checkpoint.pt.previous")
-    os.makedirs(outs["parts"])
-    os.replace(trainer_state, Path(outs["parts"], "checkpoint.pt"))  # after step 10
-    again = run_script(*short, "--steps", "12", "--resume", "--out", outs["parts"])
-    assert again.returncode == 0, again.stderr
-    assert _last(outs["parts"]) == whole_loss
-    done = finish(start_ranks(2, *base, outs["fsdp"], "--parallel", "fsdp"))
+    whole_loss = script("train", tmp_path / "whole", save_every=5)["val_loss"]
+    (tmp_path / "parts").mkdir()
+    os.replace(tmp_path / "whole" / "checkpoint.pt.previous", tmp_path / "parts" / "checkpoint.pt")  # after step 10
+    assert script("train", tmp_path / "parts", resume=True)["val_loss"] == whole_loss
+    flags = [f"--{n.replace('_', '-')}={v}" for n, v in TINY.items()]
+    argv = ("slimadam.py", "train", *flags, "--save-every", "5", "--parallel", "fsdp", "--out", str(tmp_path / "fsdp"))
+    done = finish(start_ranks(2, *argv), timeout=300)
     assert "validation loss" in done[0], done[0]
-    assert abs(_last(outs["fsdp"]) - whole_loss) < 1e-4
-    os.makedirs(outs["fsdp_parts"])
-    os.replace(Path(outs["fsdp"], "checkpoint.previous"), Path(outs["fsdp_parts"], "checkpoint"))
-    alone = run_script(*base, outs["fsdp_parts"], "--parallel", "fsdp", "--resume")  # two ranks' checkpoint on one
-    assert alone.returncode == 0, alone.stderr
-    assert abs(_last(outs["fsdp_parts"]) - whole_loss) < 1e-4
+    last = json.loads((tmp_path / "fsdp" / "metrics.jsonl").read_text().splitlines()[-1])["val_loss"]
+    assert abs(last - whole_loss) < 1e-4
+    (tmp_path / "moved").mkdir()
+    os.replace(tmp_path / "fsdp" / "checkpoint.previous", tmp_path / "moved" / "checkpoint")  # two ranks' file on one
+    assert abs(script("train", tmp_path / "moved", resume=True, parallel="fsdp")["val_loss"] - whole_loss) < 1e-4
 
 
-def test_derive_then_train(tmp_path):
-    done = run_script(
-        "slimadam.py", "derive", *TINY, "--every", "4", "--lines", "8", "--depth-average", "--out", str(tmp_path)
-    )
-    assert done.returncode == 0, done.stderr
-    assert "h.*.attn.q_proj.weight" in load_rules(tmp_path / "rules.json")
-    done = run_script(
-        "slimadam.py", "train", *TINY, "--rules", str(tmp_path / "rules.json"), "--out", str(tmp_path / "t")
-    )
-    assert done.returncode == 0, done.stderr
-    for argv in (("--static", "--rules", "x.json"), ("--burn-in", "2"), ("--rules", "nowhere.json")):
-        bad = run_script("slimadam.py", "train", *TINY, *argv, "--out", str(tmp_path / "bad"))
-        assert bad.returncode == 2 and "Traceback" not in bad.stderr, bad.stderr
+def test_derive_then_train(tmp_path, capsys):
+    script("derive", tmp_path, every=4, lines=8, depth_average=True)
+    rules = load_rules(tmp_path / "rules.json")
+    assert "h.*.attn.q_proj.weight" in rules and "SNR {1}" in capsys.readouterr().out
+    script("train", tmp_path / "t", rules=str(tmp_path / "rules.json"), weights="bfloat16", accum=2, nonfinite="skip")
+    with pytest.raises(cli.BadInput, match=r"nowhere.json"):
+        script("train", tmp_path / "bad", rules="nowhere.json")
+    with pytest.raises(cli.BadInput, match="--batch 3"):
+        script("train", tmp_path / "bad", batch=3, accum=2)
+    with pytest.raises(cli.BadInput, match="too small"):
+        script("train", tmp_path / "bad", chars=3000)
+    for argv in (["--static", "--rules", "x.json"], ["--burn-in", "2"], ["--n-head", "3"]):
+        with pytest.raises(SystemExit):
+            cli.parse(slimadam.Config, argv, slimadam.PRESETS)
+    assert "Drop one" in capsys.readouterr().err
+
+
+def test_demo_shortened(tmp_path, capsys):
+    """The header's command on fewer steps: every table, the picture and the claim, with the promised savings."""
+    script("demo", tmp_path, d_model=64, n_head=4, block=64, steps=6, every=2, lrs=(3e-4, 3e-3), seeds=2, workers=1)
+    out, claim = capsys.readouterr().out, json.loads((tmp_path / "claim.json").read_text())
+    assert re.search(r"lr 0.003, mean of 2 seeds: derived rules [+-]\d.\d{3}, static [+-]\d.\d{3}, ", claim["here"])
+    assert re.search(r"SlimAdam, static +98.49% +49.24% +24.62%", out)
+    assert claim["holds"] is False  # after 6 steps the SNR is still low and next to nothing would be removed
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1 + 8 + 3
 
 
 @pytest.mark.weights

@@ -314,7 +314,7 @@ class MultiTensor:
     def sums(self, grads: list[Tensor], norm: bool = False) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(sums (slots,), squared norm, number of Inf and NaN); the last two None without `norm`."""
         g, aligned = self._gradients(grads)
-        norms, bads = [], []
+        norms, bads = [torch.zeros(1, device=self.device)], [torch.zeros(1, device=self.device)]
         for mode, tiles in self.tiles.items():
             if not norm and mode in (ROW, FULL):
                 continue
