@@ -855,11 +855,8 @@ def _trace(origin: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, y = (origin + t[:, None] * d)[:, :2].unbind(-1)
     t = torch.where(x * x + y * y < FLOOR**2, t, math.inf)
     dark = ((x / CHECKER).floor() + (y / CHECKER).floor()).remainder(2)[:, None] > 0
-    hit(
-        t,
-        d.new_tensor([0.0, 0, 1]),
-        torch.where(dark, d.new_tensor([0.35, 0.36, 0.4]), d.new_tensor([0.8, 0.78, 0.72])),
-    )
+    paint = torch.where(dark, d.new_tensor([0.35, 0.36, 0.4]), d.new_tensor([0.8, 0.78, 0.72]))
+    hit(t, d.new_tensor([0.0, 0, 1]), paint)
     return best, normal, color
 
 
@@ -1101,9 +1098,11 @@ def load_blender(path: str | Path, background=(1.0, 1.0, 1.0), count: int = 100_
             raise BadInput(f"{part}: record {e.lineno}, byte {e.pos}: not JSON ({e.msg}): truncated?") from e
         for i, frame in enumerate(meta.get("frames", [])):
             where, values = f"{part}: frame {i}", {**meta, **frame}
-            if "file_path" not in frame or np.shape(frame.get("transform_matrix")) not in ((4, 4), (3, 4)):
-                raise BadInput(f"{where}: needs file_path and a 4 x 4 transform_matrix")
-            file = root / frame["file_path"]
+            try:
+                pose = torch.tensor(frame["transform_matrix"], dtype=torch.float64).reshape(-1, 4)
+                file = root / frame["file_path"]
+            except (KeyError, TypeError, ValueError, RuntimeError) as e:
+                raise BadInput(f"{where}: needs file_path and a 4 x 4 transform_matrix") from e
             file = file if file.suffix else Path(f"{file}.png")
             if not file.exists() and not file.with_suffix(".npy").exists():
                 raise BadInput(f"{where}: no picture {file}")
@@ -1114,10 +1113,8 @@ def load_blender(path: str | Path, background=(1.0, 1.0, 1.0), count: int = 100_
                 fx = fy = width / (2 * math.tan(values["camera_angle_x"] / 2))
             else:
                 raise BadInput(f"{where}: neither camera_angle_x nor fl_x gives a focal length")
-            pose = torch.eye(4, dtype=torch.float64)
-            pose[:3] = torch.tensor(frame["transform_matrix"], dtype=torch.float64)[:3]
             pose[:3, 1:3] *= -1  # OpenGL's y up and z backward
-            viewmat = torch.linalg.inv(pose)
+            viewmat = torch.linalg.inv(torch.cat([pose[:3], torch.tensor([[0.0, 0, 0, 1]]).double()]))
             camera = Camera(
                 viewmat, fx, fy, values.get("cx", width / 2), values.get("cy", height / 2), int(width), int(height)
             )
@@ -1741,7 +1738,8 @@ def demo(cfg: Config, w: cluster.World) -> None:
         frames = frame_times(models, [trainer.cameras[v] for v in views[:5]], look, w)
         faster = frames[-1][-1]
         w.print("\n" + report.table(["frame: projection to last pixel", "N", "pairs", "ms", "x faster"], frames) + "\n")
-        run.log(frames=frames)
+        for name, n, pairs, ms, gain in frames:
+            run.log(frame=name, gaussians=n, pairs=pairs, ms=ms, faster=gain)
         w.print(draw_comparison(f"{cfg.out}/speedy_splat.png", data, view, camera, models, found, look))
         w.print(draw_tiles(f"{cfg.out}/tiles.png"))
     share, fewer = plain["pairs_accutile"] / plain["pairs_vanilla"], len(models["3D-GS"]) / len(models["Speedy-Splat"])
@@ -1921,12 +1919,16 @@ def random_gaussians(points: Tensor, rgb: Tensor, seed: int) -> GaussianModel:
     )  # fmt: skip
 
 
+def _bench_tile(camera: Camera, cfg: Config, w: cluster.World) -> int:
+    return 16 if camera.width > 128 or w.device.type == "cuda" else cfg.tile
+
+
 def bench_modes(
     name: str, model: GaussianModel, camera: Camera, cfg: Config, w: cluster.World, repeats: int
 ) -> list[dict]:
     """Rows: pairs, time to list them, forward, forward + backward, in each mode."""
     target = torch.rand(camera.height, camera.width, 3, generator=cluster.generator(0)).to(w.device)
-    tile = 16 if camera.width > 128 or w.device.type == "cuda" else cfg.tile
+    tile = _bench_tile(camera, cfg, w)
     with torch.no_grad():
         s = project(model, camera)
 
@@ -2005,7 +2007,7 @@ def bench_dense(model: GaussianModel, camera: Camera, cfg: Config, w: cluster.Wo
     dense = lambda: render_dense(model, camera, SKY)
     cases = {("dense", "forward"): torch.no_grad()(dense), ("ours", "forward"): torch.no_grad()(ours)}
     cases |= {("dense", "forward + backward"): lambda: both(dense), ("ours", "forward + backward"): lambda: both(ours)}
-    t = report.timed(cases, w.device, 5)
+    t = report.timed(cases, w.device, 9)
     rows = []
     for part in ("forward", "forward + backward"):
         a, b = t["dense", part], t["ours", part]
@@ -2040,7 +2042,7 @@ def bench_gsplat(model: GaussianModel, camera: Camera, w: cluster.World) -> str:
 
 def bench_stages(model: GaussianModel, camera: Camera, cfg: Config, w: cluster.World) -> list[list]:
     """Where a frame's time goes, in AccuTile mode, beside the floor of bytes that each stage must move."""
-    tile, size = 16 if w.device.type == "cuda" else cfg.tile, (camera.width, camera.height)
+    tile, size = _bench_tile(camera, cfg, w), (camera.width, camera.height)
     fast = use_triton(cfg.backend, w.device)
     with torch.no_grad():
         look = lambda: (_project_triton if fast else project)(model, camera, None)

@@ -706,7 +706,10 @@ def test_blender_faults(scene, tmp_path):
     (root / "train" / "r_2.png").unlink()
     with pytest.raises(ValueError, match=r"transforms_train.json: frame 1: no picture .*r_2.png"):
         S.load_blender(root)
-    path.write_text(path.read_text()[:100])
+    path.write_text(json.dumps({"fl_x": 1.0, "frames": [{"file_path": "a", "transform_matrix": [[1, 2], [3]]}]}))
+    with pytest.raises(ValueError, match="transforms_train.json: frame 0: needs file_path and a 4 x 4"):
+        S.load_blender(root)
+    path.write_text(path.read_text()[:20])
     with pytest.raises(ValueError, match="transforms_train.json: record 1, byte .*not JSON"):
         S.load_blender(root)
 

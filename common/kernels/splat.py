@@ -1,7 +1,7 @@
 """Triton: project Gaussians, list them in tiles, blend front to back, and go back through the blending.
 
-Launches of one image: project, count, emit, one stable sort of short tile ids (pairs are emitted in depth order, so they
-end up ordered by tile, then depth), blend. The backward kernel walks the lists front to back once more; it stores nine
+Launches of one image: project, count, emit, one stable sort of short tile ids (pairs are emitted in depth order, so
+they end up ordered by tile, then depth), blend. The backward kernel walks the lists front to back once more; it stores nine
 numbers per pair in the slot where the pair was emitted, and slots of one Gaussian are adjacent, so sums over them are
 taken in a fixed order: gradients are the same in every run. Atomic adds are a switch. The torch twins are project,
 tile_pairs, Blend and prune_scores in speedy_splat.py. Not yet run on a GPU; tested through Triton's interpreter.
@@ -58,8 +58,8 @@ if triton is not None:
 
     @triton.jit
     def _project_kernel(
-        mean_ptr, quat_ptr, scale_ptr, opacity_ptr, sh_ptr, camera_ptr, table_ptr, depth_ptr, visible_ptr, n, fx, fy, cx,
-        cy, low_x, high_x, low_y, high_y, DEGREE: tl.constexpr, COEFFICIENTS: tl.constexpr, BLOCK: tl.constexpr,
+        mean_ptr, quat_ptr, scale_ptr, opacity_ptr, sh_ptr, camera_ptr, table_ptr, depth_ptr, visible_ptr, n, fx, fy,
+        cx, cy, low_x, high_x, low_y, high_y, DEGREE: tl.constexpr, COEFFICIENTS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """One program projects BLOCK Gaussians. camera: rotation by rows (9), translation (3), centre (3)."""
         i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -130,8 +130,8 @@ if triton is not None:
     ):  # fmt: skip
         """One program lists the tiles of BLOCK Gaussians, in depth order. EMIT off: counts; on: writes into its slots.
 
-        MODE: index into MODES. The two builds may round differently: emitting never leaves the counted slots, and a slot
-        left over keeps its tile beyond the grid, where no list reaches.
+        MODE: index into MODES. The two builds may round differently: emitting never leaves the counted slots, and a
+        slot left over keeps its tile beyond the grid, where no list reaches.
         """
         k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         here = k < n
