@@ -6,8 +6,10 @@ Idea     Adam keeps v, a running mean of g^2, for every weight. In most layers i
          mean over variance along the axis, on Adam's own path: above 1, average; below, keep every entry. The axis
          depends on the layer: inputs for query and key, outputs for value, projections and MLP, never over tokens.
 Here     The claim we check: at Adam's best learning rate a small GPT trains to within 0.02 of Adam's loss with at least
-         97 % of v removed. SlimAdamW is a torch.optim.Optimizer for any model: rules by name and module type, AdamW
-         checkpoints loaded exactly, DDP and FSDP2, bf16 weights with stochastic rounding, one fused step on a GPU.
+         97 % of v removed. Over three seeds that holds for the static rules and not for the derived ones (+0.045), on
+         400 steps of a 135 k model; at a third of that rate both are within 0.005. SlimAdamW is a torch.optim.Optimizer
+         for any model: rules by name and module type, AdamW checkpoints loaded exactly, DDP and FSDP2, bf16 weights
+         with stochastic rounding, one Triton step on a GPU (tested in Triton's interpreter, not yet on a GPU).
 Differs  Text is Python's own library at byte level, for FineWeb. Names are matched by whole path components, where the
          released code matches substrings (attn.qkv.weight is then a "value"); fused QKV gets one rule per block;
          convolutions choose among fan_in, fan_out and all, not among all subsets of axes; SNR is taken in float64;
@@ -21,7 +23,7 @@ Differs  Text is Python's own library at byte level, for FineWeb. Names are matc
     torchrun --nproc-per-node 8 slimadam.py train --preset small --parallel fsdp      # GPT-2 small (not yet run)
     python slimadam.py bench                                          # the step alone on GPT-2 small's tensors
 
-Expect   "EXPECT" on CPU with seed 0, for any number of workers.
+Expect   "derived rules +0.045, static +0.012, 98.2% of v removed" on CPU with seed 0, for any number of workers.
 Writes   results/slimadam/: metrics.jsonl, claim.json, slimadam.png; rules.json, snr.json (derive); checkpoint (train).
 """
 
@@ -477,7 +479,7 @@ def load_rules(path) -> dict:
 
 # ---- the optimizer
 
-CHUNK = 2**18  # elements of a large tensor that are moved together, so that they stay in cache between operations
+CHUNK = 2**19  # elements of a large tensor that are moved together, so that they stay in cache between operations
 TRITON_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 _GOLDEN, _TICK = 0x9E3779B97F4A7C15 - 2**64, 0xD1B54A32D192ED03 - 2**64
 
@@ -999,7 +1001,8 @@ def _sum_squares(g: Tensor, K: tuple, dtype: torch.dtype) -> Tensor:
 def _norm_and_bad(g: Tensor, dtype: torch.dtype) -> Tensor:
     """(squared norm, 1 if an entry is not finite)."""
     norm = torch.linalg.vector_norm(g, dtype=dtype).square()
-    return torch.stack([norm, (~g.isfinite()).any().to(dtype)])
+    bad = torch.zeros_like(norm) if g.is_cpu and bool(norm.isfinite()) else (~g.isfinite()).any().to(dtype)
+    return torch.stack([norm, bad])
 
 
 def _exchange(parts: list[tuple[Tensor, tuple]]) -> list[Tensor]:
@@ -1034,12 +1037,13 @@ def _first(p: list, g: list, m: list, root: list, x: Piece, t: int, scale: Tenso
     lr, beta1 = float(group["lr"]), float(group["betas"][0])
     wide = lambda xs: [y.to(acc) for y in xs]  # no copy when it is that dtype already
     g, M, P = wide(g), wide(m), wide(p)
-    if scale is not None:
+    sign = -1.0 if group["maximize"] else 1.0
+    if scale is not None and scale.is_cuda:  # a number would need a synchronisation
         g = [y * scale for y in g]
-    if group["maximize"]:
-        g = torch._foreach_neg(g)
+    elif scale is not None:
+        sign *= float(scale)
     torch._foreach_mul_(M, beta1)
-    torch._foreach_add_(M, g, alpha=1 - beta1)
+    torch._foreach_add_(M, g, alpha=(1 - beta1) * sign)
     if x.decays and group["weight_decay"]:
         torch._foreach_mul_(P, 1 - lr * group["weight_decay"])
     torch._foreach_addcdiv_(P, M, root, value=-lr / (1 - beta1**t))

@@ -39,7 +39,7 @@ from slimadam import (
     stochastic_round,
 )  # fmt: skip
 
-DATA = Path(__file__).parent / "data" / "slimadam"  # the official optimizer and SNR code, run once; see data/README.md
+DATA = Path(__file__).parent / "data" / "slimadam"  # reference vectors; see its README.md
 
 
 def vectors(name):
