@@ -139,7 +139,7 @@ def _check_ratio(ratio: float, what: str = "ratio") -> None:
 # Sigma covariance, R diag(s)^2 R'       a, b, c  its 2D covariance [a b; b c] after the dilation by 0.3 pixel^2
 # o     opacity                          A, B, C  the conic, inverse of the 2D covariance
 #
-# alpha = min(0.99, o exp(-(A dx^2 + C dy^2) / 2 - B dx dy)),  not blended below 1/255    (arXiv:2308.04079, Sec. 4, 6)
+# alpha = min(0.99, o exp(-(A dx^2 + C dy^2) / 2 - B dx dy)),  not blended below 1/255          (arXiv:2308.04079)
 
 NEAR, DILATION = 0.2, 0.3
 ALPHA_MIN, ALPHA_MAX, T_STOP = 1 / 255, 0.99, 1e-4
@@ -314,7 +314,7 @@ def project(model: GaussianModel, camera: Camera, sh_degree: int | None = None) 
 # ---- the method: which tiles a Gaussian touches
 #
 # t = 2 ln(255 o)                                     the ellipse A dx^2 + 2 B dx dy + C dy^2 = t is where alpha = 1/255
-# ex = sqrt(t a), ey = sqrt(t c)                      its half extents: SnugBox (Sec. 4.1)
+# ex = sqrt(t a), ey = sqrt(t c)                      its half extents: SnugBox
 # ys = -(B / C) ex                                    height of its right-most point; the left-most is at -ys
 
 MAX_PAIRS = 2**31 - 1
@@ -327,7 +327,7 @@ def tile_pairs(
     """All (tile, Gaussian) pairs, Gaussian by Gaussian: tile_id (P,), row-major in the grid, and gaussian_id (P,).
 
     vanilla: the square of 3 standard deviations. snugbox: the box of the ellipse. accutile: exactly the tiles whose
-    square the ellipse meets, row by row (Sec. 4.2). pixel: those where it meets the hull of the pixel centres.
+    square the ellipse meets, row by row. pixel: those where it meets the hull of the pixel centres.
     ValueError: unknown mode, or more than 2^31 - 1 pairs.
     """
     _check_choice("tiles", mode, TILES)
@@ -617,7 +617,7 @@ def prune_scores(
     model: GaussianModel, cameras: Sequence[Camera], background=(0.0, 0.0, 0.0), channels: str = "sum", *,
     sh_degree: int | None = None, tiles: str = "accutile", backend: str = "auto", tile: int = 16,
 ) -> Tensor:  # fmt: skip
-    """The efficient score (Sec. 5.1), (N,): sum over views and pixels of (dI/dg)^2, g the projected Gaussian's value.
+    """The efficient pruning score, (N,): sum over views and pixels of (dI/dg)^2, g the projected Gaussian's value.
 
     channels: sum squares after adding the colours' derivatives, as the released program does; separate before it.
     """
@@ -1032,11 +1032,12 @@ def _colmap_text(folder: Path) -> tuple[dict, list, np.ndarray, np.ndarray]:
             _, x, y, z, r, g, b, _ = line.split()[:8]
             points.append((float(x), float(y), float(z)))
             rgb.append((int(r), int(g), int(b)))
+        colors = np.array(rgb, np.uint8).reshape(-1, 3)
     except BadInput:
         raise
-    except ValueError as e:
+    except (ValueError, OverflowError) as e:
         raise BadInput(f"{where}: not what COLMAP writes ({e}): truncated or edited. Copy it again.") from e
-    return cameras, images, np.array(points, np.float64).reshape(-1, 3), np.array(rgb, np.uint8).reshape(-1, 3)
+    return cameras, images, np.array(points, np.float64).reshape(-1, 3), colors
 
 
 def load_colmap(path: str | Path, init: str = "points", background=(0.0, 0.0, 0.0), count: int = 100_000) -> Dataset:

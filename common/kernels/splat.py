@@ -1,10 +1,10 @@
 """Triton: project Gaussians, list them in tiles, blend front to back, and go back through the blending.
 
 Launches of one image: project, count, emit, one stable sort of short tile ids (pairs are emitted in depth order, so
-they end up ordered by tile, then depth), blend. The backward kernel walks the lists front to back once more; it stores nine
-numbers per pair in the slot where the pair was emitted, and slots of one Gaussian are adjacent, so sums over them are
-taken in a fixed order: gradients are the same in every run. Atomic adds are a switch. The torch twins are project,
-tile_pairs, Blend and prune_scores in speedy_splat.py. Not yet run on a GPU; tested through Triton's interpreter.
+they end up ordered by tile, then depth), blend. The backward kernel walks the lists front to back once more; it stores
+nine numbers per pair in the slot where the pair was emitted, and slots of one Gaussian are adjacent, so sums over them
+are taken in a fixed order: gradients are the same in every run. Atomic adds are a switch. The torch twins are project,
+tile_pairs, Blend and prune_scores in speedy_splat.py. Tested through Triton's interpreter, not yet run on a GPU.
 """
 
 import os
