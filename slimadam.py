@@ -1738,13 +1738,11 @@ def bench(cfg: Config, w: cluster.World) -> None:
             "seconds": t,
             "spread": spread,
             "x": t / base,
-            "floor_seconds": floor,
+            "seconds_at_copy_speed": floor,
             "state_bytes": bytes_,
         }
-    w.print(report.table(["step", "ms", "x fused", "bytes per weight", "floor ms", "state MB"], rows))
-    w.print(
-        "x fused: with clipping against clip_grad_norm_ and the fused step. Floor: those bytes at the copy's speed."
-    )
+    w.print(report.table(["step", "ms", "x fused", "bytes per weight", "ms at copy speed", "state MB"], rows))
+    w.print("x fused: with clipping against clip_grad_norm_ and the fused step. Bytes: what must be moved.")
     if w.main:
         report.write_json(f"{cfg.out}/bench.json", found)
 
