@@ -445,7 +445,7 @@ def dense_weights(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
 
 
 def layer_budgets(k, n_layers: int, slope: float = 0.0, n_ctx: int | None = None) -> list[int]:
-    """k per layer, growing linearly by `slope` in [0, 1) around the same mean (Sec. "adaptive k"); sum = k n_layers.
+    """k per layer, growing linearly by `slope` in [0, 1) around the same mean; sum = k n_layers.
 
     A fraction k needs n_ctx. Each lies in 1..n_ctx. ValueError: k, slope or n_ctx is out of range.
     """
@@ -1726,22 +1726,26 @@ def demo(cfg: Config, w: cluster.World) -> None:
         found[label] = acc = toy_accuracy(model, task, n, queries, ks, cfg.seed, control, w, bar, cfg.share)
         for word, k, a in zip(words, ks, acc, strict=True):
             share = 0.0 if word == "dense" else k if isinstance(k, float) else k / n
-            run.log(context=n, k=share, rows=resolve_k(k, n), accuracy=a, control=control, queries=queries, task=task)
+            cell = {"context": n, "k": share, "rows": resolve_k(k, n), "queries": queries}
+            run.log(
+                **cell, **({"accuracy": a, "control": control} if task == "single" else {"lesson": task, "right": a})
+            )
         return [label, *acc]
 
     rows = [measure(f"{n} tokens", "single", n) for n in cfg.contexts]
-    rows.append(measure("control: no needles", "single", 2048, control=True))
-    rows += [measure("4 answers per key", "multivalue", 2048), measure("most frequent of 12", "counting", 2048)]
+    aside = min(2048, max(cfg.contexts))
+    control, several, frequent = (
+        f"{aside}, {what}" for what in ("no needles", "4 answers per key", "most frequent of 12")
+    )
+    rows.append(measure(control, "single", aside, control=True))
+    rows += [measure(several, "multivalue", aside), measure(frequent, "counting", aside)]
     head = ["accuracy", "dense", *(f"k = {_name(k)}" for k in cfg.ks)]
     w.print("\n" + report.table(head, rows) + "\n")
     for n in cfg.contexts:
         if max(found[f"{n} tokens"][1:]) > found[f"{n} tokens"][0] + 0.05:
             w.print(f"lesson: at {n} tokens, past its training length, the model is better with top-k than dense: the "
                     "far tail no longer dilutes what counts")  # fmt: skip
-    best = {
-        label: max(found[label][1:]) / max(1e-9, found[label][0])
-        for label in ("4 answers per key", "most frequent of 12")
-    }
+    best = {x.split(", ")[1]: max(found[x][1:]) / max(1e-9, found[x][0]) for x in (several, frequent)}
     w.print("lesson: what is collected or counted over many places needs more keys than what is found in one; here "
             + ", ".join(f"{label} reaches {r:.2f} of dense" for label, r in best.items()))  # fmt: skip
     if w.main:
@@ -1767,7 +1771,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     able = all(a >= 0.9 for n, a in dense.items() if n <= 2048)  # a share of nothing would prove nothing
     run.claim(
         "top-k over 2 % of the keys keeps 95 % of dense accuracy at every length",
-        "0.95", f"{worst:.3f}", min(at_2.values()) >= 0.95 and able and max(found["control: no needles"]) <= 0.12,
+        "0.95", f"{worst:.3f}", min(at_2.values()) >= 0.95 and able and max(found[control]) <= 0.12,
         f"dense {min(dense.values()):.2f} to {max(dense.values()):.2f}; "
         f"lowest top-k / dense at {100 * ks[few[-1]]:g} % up to 2048 tokens; beyond: "
         + ", ".join(f"{r:.2f} at {n}" for n, r in at_2.items() if n > 2048)
