@@ -132,7 +132,7 @@ PRESETS = {
     "laptop": {},
     "small": {  # GPT-2 small's shape; the paper's recipe at a batch that fits a few minutes
         "vocab": 50304, "block": 1024, "d_model": 768, "n_layer": 12, "n_head": 12, "tied": True, "batch": 512,
-        "accum": 2, "steps": 120, "warmup": 20, "dtype": "bfloat16", "compile": True,
+        "accum": 16, "chars": 0, "steps": 120, "warmup": 20, "dtype": "bfloat16", "compile": True,
     },
 }  # fmt: skip
 
