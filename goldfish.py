@@ -1025,7 +1025,7 @@ def draw(cfg: Config, text: Text, found: dict, figure, axes) -> None:
     decode = lambda i: text.tokenizer.piece(i).decode("utf-8", "replace").replace("\n", "¶")
     letters = [sum(c.isalpha() for i in row for c in decode(i)) for row in text.canary.tolist()]
     ahead = first_divergence(found["k=4"]["generated"], text.canary[:, cfg.prefix : cfg.prefix + cfg.suffix]).tolist()
-    which = max(range(len(letters)), key=lambda i: letters[i] + 20 * min(ahead[i], 4))  # prose, and not lost at once
+    which = max(range(len(letters)), key=lambda i: letters[i] + 60 * min(ahead[i], 3))  # prose, and not lost at once
     row, generated = text.canary[which], {s: found[s]["generated"][which] for s in ("ordinary", "k=4")}
     prompt, true = row[: cfg.prefix].tolist(), row[cfg.prefix : cfg.prefix + cfg.suffix].tolist()
     dropped, y, width = mask_of(row_config(cfg, "k=4"), row[None])[0].tolist(), 0.0, 98
@@ -1040,7 +1040,8 @@ def draw(cfg: Config, text: Text, found: dict, figure, axes) -> None:
             if x + len(word) > width:
                 x, y = 0, y - 1.5
             color = "0.45" if title == "The prompt" else "green" if verbatim else "crimson"
-            box = "#ffe08a" if title[-4:] != "ning" and ids is not prompt and dropped[cfg.prefix + j - 1] else "none"
+            shown = ids is true or (ids is generated["k=4"] and ids[:j] == true[:j])
+            box = "#ffe08a" if shown and dropped[cfg.prefix + j - 1] else "none"
             look = {"facecolor": box, "edgecolor": "none", "pad": 1}
             right.text(x, y, word, family="monospace", fontsize=9, color=color, bbox=look)
             x += len(word)

@@ -27,6 +27,7 @@ Expect   "derived rules +0.045, static +0.012, 98.2% of v removed" on CPU with s
 Writes   results/slimadam/: metrics.jsonl, claim.json, slimadam.png; rules.json, snr.json (derive); checkpoint (train).
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -1634,7 +1635,8 @@ class Trainer:
         """Train to the end; checkpoints go to `path` if given, also when SIGTERM asks to stop."""
         cfg, w, saved = self.cfg, self.w, -1
         bar = report.progress(None, cfg.mode, w, cfg.steps, self.step)
-        with cluster.stop_signal(w.device) as stopping, bar:
+        listen = cluster.stop_signal(w.device) if path else contextlib.nullcontext(bool)  # bool() is False
+        with listen as stopping, bar:
             while self.step < cfg.steps:
                 loss = self.advance()
                 if tracker and tracker.should_measure(self.step):
@@ -1645,7 +1647,7 @@ class Trainer:
                     log.log(run=cfg.mode, step=self.step, loss=mean, lr=self.optimizer.param_groups[0]["lr"])
                     bar.set_postfix_str(f"loss {mean:.3f}")
                 bar.update()
-                stop = bool(path) and stopping()
+                stop = stopping()
                 if path and (stop or (cfg.save_every and self.step % cfg.save_every == 0)):
                     saved = self.step
                     self.save(path)
@@ -1656,10 +1658,31 @@ class Trainer:
             self.save(path)
 
 
+# settings that change the numbers of a run; a checkpoint goes on only under the same ones
+FIXED = (
+    "rules", "lr", "warmup", "weight_decay", "clip", "weights", "data", "vocab", "block", "d_model", "n_layer",
+    "n_head", "tied", "model", "steps", "batch", "seed", "dtype",
+)  # fmt: skip
+
+
+def check_resume(cfg: Config) -> None:
+    """BadInput: the run in --out, by the head of its metrics.jsonl, had other settings."""
+    head = Path(cfg.out, "metrics.jsonl")
+    was = json.loads(head.read_text().splitlines()[0])["config"] if head.exists() else {}
+    for name in FIXED:
+        now = getattr(cfg, name)
+        now = list(now) if isinstance(now, tuple) else now
+        if was.get(name, now) != now:
+            flag = "--" + name.replace("_", "-")
+            raise BadInput(f"the checkpoint was trained with {flag} {was[name]}, this run asks for {flag} {now}. Pass "
+                           f"the same to resume, or another --out to start anew.")  # fmt: skip
+
+
 def train(cfg: Config, w: cluster.World) -> None:
     """One run with --rules; prints what they save and the validation loss."""
     trainer, path = Trainer(cfg, w, cfg.rules), f"{cfg.out}/checkpoint" + ("" if cfg.parallel == "fsdp" else ".pt")
     if cfg.resume:
+        check_resume(cfg)
         trainer.load(path)
     elif w.main:
         cluster.set_aside(path)

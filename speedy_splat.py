@@ -32,6 +32,7 @@ Expect   "AccuTile needs 0.7x of vanilla's pairs, image equal to the dense one" 
 Writes   results/speedy_splat/: metrics.jsonl, claim.json, *.png; model.ply, checkpoint.pt (train), frames/ (render).
 """
 
+import contextlib
 import json
 import math
 import struct
@@ -1608,7 +1609,8 @@ class Trainer:
         every = cfg.eval_every or max(1, cfg.steps // 10)
         row = lambda step, f, text: [step, f["gaussians"], *(f[f"pairs_{m}"] for m in TILES), f["psnr"], text]
         bar = report.progress(None, what, self.w, cfg.steps, self.step)
-        with cluster.stop_signal(self.w.device) as stopping, bar:
+        listen = cluster.stop_signal(self.w.device) if path else contextlib.nullcontext(bool)  # bool() is False
+        with listen as stopping, bar:
             while self.step < cfg.steps:
                 i = self.step + 1
                 found = self.evaluate() if i % every == 0 and i < cfg.steps else None  # before the events of step i
@@ -1619,7 +1621,7 @@ class Trainer:
                     log.log(run=what, step=i, loss=loss, **found, **grown, events=events)
                     bar.set_postfix_str(f"N {found['gaussians']} PSNR {found['psnr']:.2f}")
                 bar.update()
-                stop = bool(path) and stopping()
+                stop = stopping()
                 if path and (stop or (cfg.save_every and i % cfg.save_every == 0)):
                     saved = self.save(path)
                 if stop:

@@ -1419,7 +1419,8 @@ class Trainer:
     def run(self, log=None, save=None) -> Llama:
         """To the end; log(step, loss) every 20 steps, save(state) every 100 and when SIGTERM asks to stop."""
         bar = report.progress(None, "train", self.w, sum(self.stages), self.step)
-        with cluster.stop_signal(self.w.device) as stopping, bar:
+        listen = cluster.stop_signal(self.w.device) if save else contextlib.nullcontext(bool)  # bool() is False
+        with listen as stopping, bar:
             while self.step < sum(self.stages):
                 loss = self.advance()
                 bar.update()
@@ -1427,7 +1428,7 @@ class Trainer:
                     bar.set_postfix_str(f"loss {loss:.3f}")
                     if log:
                         log(self.step, float(loss))
-                stop = save is not None and self.step % 10 == 0 and stopping()
+                stop = self.step % 10 == 0 and stopping()
                 if save and (stop or self.step % 100 == 0 or self.step == sum(self.stages)):
                     save(self.state())
                 if stop:

@@ -55,7 +55,7 @@ def run(main, config: type, presets: dict[str, dict] | None = None) -> None:
         main(parse(config, presets=presets))
     except KeyboardInterrupt:
         os._exit(130)  # at once: peers blocked in a collective are torchrun's to stop
-    except (BadInput, OSError, ModuleNotFoundError) as e:
+    except (BadInput, OSError, MemoryError, ModuleNotFoundError) as e:
         if os.environ.get("RANK", "0") == "0":
             print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)

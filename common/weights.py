@@ -165,7 +165,7 @@ class Gguf(Weights):
 def rope_frequencies(config: dict) -> Tensor:
     """Angle per position of each rotary pair, (D/2,) float32; types default and llama3. BadInput: another type."""
     dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    freq = config.get("rope_theta", 1e4) ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    freq = 1 / config.get("rope_theta", 1e4) ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     scaling = config.get("rope_scaling") or {"rope_type": "default"}
     kind = scaling.get("rope_type", scaling.get("type"))
     if kind == "default":

@@ -733,6 +733,8 @@ def test_train_resumes_bit_exactly_and_fsdp_agrees(tmp_path):
     (tmp_path / "parts").mkdir()
     os.replace(tmp_path / "whole" / "checkpoint.pt.previous", tmp_path / "parts" / "checkpoint.pt")  # after step 10
     assert script("train", tmp_path / "parts", resume=True)["val_loss"] == whole_loss
+    with pytest.raises(cli.BadInput, match="--weight-decay 0.1, this run asks for --weight-decay 0.5"):
+        script("train", tmp_path / "whole", resume=True, weight_decay=0.5)
     flags = [f"--{n.replace('_', '-')}={v}" for n, v in TINY.items()]
     argv = ("slimadam.py", "train", *flags, "--save-every", "5", "--parallel", "fsdp", "--out", str(tmp_path / "fsdp"))
     done = finish(start_ranks(2, *argv), timeout=300)
