@@ -457,6 +457,7 @@ class _LinearSum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, chunk):
+        """Sum over all n rows, 0-d, in fp32 (fp64 for fp64); one (chunk, V) scratch serves all chunks."""
         acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         want_h, want_w, want_b = ctx.needs_input_grad[:3]
         total = torch.zeros((), dtype=acc, device=hidden.device)
@@ -682,6 +683,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(C, c["rms_norm_eps"])
 
     def forward(self, x: Tensor, angle: Tensor, cache: dict | None, layer: int) -> Tensor:
+        """x (B, T, C), angle (T, D/2) -> (B, T, C); keys and values join cache[layer], each (B, Hk, S, D)."""
         attn, mlp, y = self.self_attn, self.mlp, self.input_layernorm(x)
         q = rotate(rearrange(attn.q_proj(y), "b t (h d) -> b h t d", h=self.H), angle)  # (B, H, T, D)
         k = rotate(rearrange(attn.k_proj(y), "b t (h d) -> b h t d", h=self.Hk), angle)  # (B, Hk, T, D)
@@ -726,6 +728,7 @@ class GPT(nn.Module):
         return self.lm_head.weight if hasattr(self, "lm_head") else self.model.embed_tokens.weight
 
     def forward(self, ids: Tensor, cache: dict | None = None, hidden: bool = False) -> Tensor:
+        """Logits (B, T, V) of ids (B, T), whose positions go on from the cache; hidden: states (B, T, C)."""
         past = cache[0][0].shape[2] if cache else 0
         where = torch.arange(past, past + ids.shape[1], device=ids.device)
         angle = torch.outer(where.float(), self.freq)  # (T, D/2)
@@ -1144,7 +1147,9 @@ def bench(cfg: Config, w: cluster.World) -> None:
         y = goldfish_targets(targets, k) if masked else targets
         return F.cross_entropy(logits.view(N, V), y.view(N))
 
-    def compare(title: str, cases: dict) -> None:  # name -> (function, floor in seconds)
+    def compare(title: str, cases: dict) -> None:
+        """One table; cases: name -> (function that gives a loss, its floor in seconds)."""
+
         def step(fn):
             hidden.grad = weight.grad = None
             fn().backward()

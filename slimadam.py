@@ -1068,6 +1068,7 @@ class _Engine:
         self.keys = torch.tensor([_key(seed, x.index) for x in pieces], device=pieces[0].p.device)
 
     def apply(self, sums: Tensor, skip: Tensor, clip: Tensor, slim: dict) -> None:
+        """Move all pieces, given their sums of squares over ranks; 0-d `skip` leaves them, `clip` scales gradients."""
         x, group = self.pieces[0], self.pieces[0].group
         lr, (b1, b2) = group["lr"], group["betas"]
         late = isinstance(lr, Tensor) and lr.is_cuda  # a device scalar stays one: no synchronisation
@@ -1619,6 +1620,7 @@ class Trainer:
             cluster.save(path, self.state())
 
     def load(self, path: str) -> None:
+        """Go on from save(), on any number of processes. FileNotFoundError: no checkpoint. BadInput: only damaged."""
         if not self.sharded:
             state = cluster.load(path)
             self.model.load_state_dict(state["model"])

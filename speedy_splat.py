@@ -487,6 +487,7 @@ class Blend(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, table, ids, starts, tile, columns):
+        """table (N + 1, 10), ids (P,), starts (tiles + 1,) -> (tiles, tile^2, 4)."""
         layer, kept = table.new_zeros(len(starts) - 1, tile * tile, 4), []
         keep = ctx.needs_input_grad[0] and len(ids) * tile * tile <= KEEP
         for slab in _slabs(table, ids, starts, tile, columns):
@@ -499,6 +500,7 @@ class Blend(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        """g (tiles, tile^2, 4) -> gradient of the table. The sum's order is fixed on a CPU, not on a GPU."""
         table, ids, starts, layer = ctx.saved_tensors
         basis, grad = _offsets(ctx.grid[0], table), torch.zeros_like(table)
         ahead = (g * layer).sum(dim=-1, keepdim=True)  # (tiles, P, 1)
@@ -725,6 +727,7 @@ class Schedule:
 
     @classmethod
     def of(cls, steps: int, white: bool = False) -> "Schedule":
+        """The schedule of a run of `steps`; a white background adds one early opacity reset."""
         at = lambda i: round(i * steps / 30_000)
         every, until = max(25, at(100)), at(15_000)
         soft = {at(i) for i in (6000, 9000, 12_000)}
@@ -755,6 +758,7 @@ def densify(
     shift = torch.einsum("nij,nkj->nki", rotation(model.quat[split]), spread)
 
     def grown(name: str, x: Tensor, moment: bool) -> Tensor:
+        """x (N, ...) with the clones and, for each split one, its two children at the end; new moments are 0."""
         new = torch.cat([x[clone], x[split].repeat_interleave(2, dim=0)])
         if moment:
             new = torch.zeros_like(new)

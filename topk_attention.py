@@ -1537,6 +1537,7 @@ def _niah(kind: str, units: int, rng: random.Random) -> tuple[str, tuple[str, st
 
 def _vt(units: int, rng: random.Random) -> tuple[str, tuple[str, str], list[str]]:
     def chain(length: int, letters: int) -> tuple[list[str], str, list[str]]:
+        """Names, the number they stand for, and the statements that pass it from name to name."""
         names = ["".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(letters)) for _ in range(length)]
         value = str(rng.randrange(10000, 100000))
         return (
@@ -1722,6 +1723,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     ks = [parse_k(word) for word in words]
 
     def measure(label: str, task: str, n: int, control: bool = False) -> list:
+        """Accuracy of one row of the table, dense and at each k, over n tokens; logged, and kept in `found`."""
         queries = {2048: 256}.get(n, 512 if n < 2048 else 128)
         bar = functools.partial(report.progress, what=label, w=w)
         found[label] = acc = toy_accuracy(model, task, n, queries, ks, cfg.seed, control, w, bar, cfg.share)
@@ -2178,6 +2180,7 @@ def bench_stores(cfg: Config, w: cluster.World, L: int, weights: float, q: Tenso
 
 
 def main(cfg: Config) -> None:
+    """Run cfg.mode. BadInput: what the user can mend, memory that does not suffice included."""
     modes = {
         "demo": demo,
         "train": train,

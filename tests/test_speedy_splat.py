@@ -892,3 +892,17 @@ def test_kill_both_ranks_and_resume(tmp_path):
     setting = {"size": 16, "views": 8, "points": 100, "steps": 90, "views_per_step": 2, "max_gaussians": 160}
     with pytest.raises(ValueError, match="trained with --soft-ratio 0.6, this run asks for --soft-ratio 0.3"):
         S.train(None, S.Config(**setting, out=str(killed), resume=True, soft_ratio=0.3, device="cpu"))
+
+
+@pytest.mark.slow
+def test_demo_quick(tmp_path):
+    """The header's quick command and its Expect line: both runs, the table, the claim, the pictures."""
+    done = run_script("speedy_splat.py", "--quick", "--device", "cpu", "--out", str(tmp_path), timeout=400)
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert re.search(r"AccuTile needs 0\.7\d of vanilla's pairs, image equal to the dense one", last), last
+    claim = json.loads((tmp_path / "claim.json").read_text())
+    assert claim["holds"] is True and last.endswith("holds") and not last.endswith("NOT HOLD")
+    before, after = (int(n) for n in re.search(r"(\d+) -> (\d+) Gaussians", claim["here"]).groups())
+    assert before >= 3 * after > 0
+    assert all((tmp_path / f).exists() for f in ("speedy_splat.png", "tiles.png")) or "pip install" in done.stdout
