@@ -66,7 +66,7 @@ BACKENDS = ("auto", "torch", "triton")
 INDEXES = ("exact", "q8", "q4", "sign", "ivf")
 
 
-EVAL_FIXED = ("model", "context", "seed", "share", "index", "candidates", "kv_dtype", "dtype")
+EVAL_FIXED = ("model", "context", "seed", "share", "sink", "recent", "index", "candidates", "kv_dtype", "dtype")
 
 
 @dataclass
@@ -79,6 +79,8 @@ class Config:
     # the method
     k: str = opt("0.02", "keys per query: a count, a fraction with a point in it, dense, or one per layer with commas")
     share: str = opt("head", "each query head chooses its keys, or a group's heads together", choices=SHARES)
+    sink: int = opt(0, "generate, eval: first rows of the prefix that are always attended, beside the k")
+    recent: int = opt(0, "generate, eval: last rows of the prefix that are always attended, beside the k")
     slope: float = opt(0.0, "generate: let k grow linearly over the layers, by up to this part of its mean")
     index: str = opt("exact", "what finds the keys", choices=INDEXES)
     candidates: int = opt(2, "times k rows that an approximate index names, to be scored exactly")
@@ -118,6 +120,8 @@ class Config:
         for name in ("candidates", "chunk", "new_tokens", "context", "samples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if min(self.sink, self.recent) < 0:
+            raise ValueError(f"--sink and --recent must not be negative, got {self.sink} and {self.recent}")
         if not 0 <= self.slope < 1:
             raise ValueError(f"--slope must be in [0, 1), got {self.slope}")
         if len(self.steps) != 2 or min(self.steps) < 0 or sum(self.steps) < 1:
@@ -532,18 +536,18 @@ GROUP = 64  # rows that share a scale and an offset
 
 
 class Quantised:
-    """A small copy of keys (Hk, n, D) for the scan: q8, q4 (scale and offset per 64 rows and channel), or sign.
+    """A small copy of keys (Hk, n, D) for the scan: q4 (scale and offset per 64 rows and channel), or sign.
 
-    q8: (x - low) / scale in 8 bits. q4: in 4, channels d and d + D/2 in one byte. sign: 1 bit per channel and the row's
-    norm. Rows that do not fill a group of 64 stay out; the store searches them exactly.
+    q4: (x - low) / scale in 4 bits, channels d and d + D/2 in one byte. sign: 1 bit per channel and the row's norm.
+    Rows that do not fill a group of 64 stay out; the store searches them exactly.
     """
 
     def __init__(self, kind: str, Hk: int, D: int, device):
-        if kind != "q8" and D % (8 if kind == "sign" else 2):
+        if D % (8 if kind == "sign" else 2):
             raise ValueError(f"index {kind!r} packs several channels into a byte: head width {D} does not divide")
         self.kind, self.D, self.n = kind, D, 0
         empty = functools.partial(torch.empty, device=device)
-        width = {"q8": D, "q4": D // 2, "sign": D // 8}[kind]
+        width = {"q4": D // 2, "sign": D // 8}[kind]
         self.parts = [empty(Hk, 0, width, dtype=torch.uint8)]
         self.parts += [empty(Hk, 0, 1 if kind == "sign" else D, dtype=torch.float16)] * (1 if kind == "sign" else 2)
 
@@ -567,14 +571,12 @@ class Quantised:
         return (bits * weight).sum(dim=-1, dtype=torch.uint8), (x.norm(dim=-1, keepdim=True) / self.D**0.5).half()
 
     def _levels(self, x: Tensor) -> tuple[Tensor, ...]:
-        x, levels = x.unflatten(1, (-1, GROUP)), 255 if self.kind == "q8" else 15  # (Hk, g, 64, D)
+        x = x.unflatten(1, (-1, GROUP))  # (Hk, g, 64, D)
         low = x.amin(dim=2).half()  # (Hk, g, D)
-        scale = ((x.amax(dim=2) - low.float()) / levels).clamp(min=1e-7).half()
+        scale = ((x.amax(dim=2) - low.float()) / 15).clamp(min=1e-7).half()
         step = scale.float().clamp(min=1e-7)[:, :, None]
-        code = ((x - low.float()[:, :, None]) / step).round_().clamp_(0, levels).to(torch.uint8).flatten(1, 2)
-        if self.kind == "q4":
-            code = code[..., : self.D // 2] | (code[..., self.D // 2 :] << 4)
-        return code, scale, low
+        code = ((x - low.float()[:, :, None]) / step).round_().clamp_(0, 15).to(torch.uint8).flatten(1, 2)
+        return code[..., : self.D // 2] | (code[..., self.D // 2 :] << 4), scale, low
 
     def widen(self, a: int, e: int) -> Tensor:
         """Rows a..e - 1 as fp32, (Hk, e - a, D). a and e are multiples of 64."""
@@ -582,20 +584,72 @@ class Quantised:
         if self.kind == "sign":
             bits = (code[..., None] >> torch.arange(8, dtype=torch.uint8, device=code.device)) & 1
             return (bits.flatten(-2).float() * 2 - 1) * self.parts[1][:, a:e].float()
-        if self.kind == "q4":
-            code = torch.cat([code & 15, code >> 4], dim=-1)
+        code = torch.cat([code & 15, code >> 4], dim=-1)
         scale, low = (p[:, a // GROUP : e // GROUP, None].float() for p in self.parts[1:])  # (Hk, g, 1, D)
         return (code.unflatten(1, (-1, GROUP)) * scale + low).flatten(1, 2)
 
-    def candidates(self, q: Tensor, count: int) -> Tensor:
+    def candidates(self, q: Tensor, count: int, top: int) -> tuple[Tensor, None]:
         """Indices of the `count` best by the copy: q (Hk, R, D) -> (Hk, R, count)."""
         if q.is_cuda and self.kind == "q4" and kernels.available():
-            return kernels.topk_triton(kernels.q4_scores_triton(q, *self.parts), count)[1]
+            return kernels.topk_triton(kernels.q4_scores_triton(q, *self.parts), count)[1], None
         s = torch.empty(len(q), q.shape[1], self.n, device=q.device)
         for a in range(0, self.n, 4096):
             e = min(self.n, a + 4096)
             torch.bmm(q, self.widen(a, e).transpose(1, 2), out=s[..., a:e])
-        return exact_topk(s, count)[1]
+        return exact_topk(s, count)[1], None
+
+
+class Int8:
+    """Keys (Hk, n, D) in 8 bits, scaled per head and channel, that prove what they find.
+
+    With k = scale * code + e, |e_d| <= error_d, the integer score is off by no more than sum_d |q_d| error_d. So the
+    rows left out of the candidates are worse than the best `top` of them as soon as the two integer scores differ by
+    twice that, and the exact scores of the candidates then give the exact choice.
+    """
+
+    kind = "q8"
+
+    def __init__(self, Hk: int, D: int, device):
+        if D % 8 or D > 512:
+            raise ValueError(
+                f"index 'q8' multiplies integers 8 channels at a time, 512 at most: head width {D} does not fit"
+            )
+        self.n = 0
+        self.parts = [torch.empty(Hk, 0, D, dtype=torch.int8, device=device), *torch.zeros(2, Hk, 1, D, device=device)]
+
+    nbytes = Quantised.nbytes
+
+    def add(self, k: Tensor) -> None:
+        """Take in the rows of k (Hk, all rows so far, D) past row self.n; all anew if they exceed the scale."""
+        code, scale, error = self.parts
+        blocks = lambda: (x.to(code.device).float() for x in k[:, self.n :].split(65536, dim=1))
+        peak = functools.reduce(torch.maximum, (x.abs().amax(dim=1, keepdim=True) for x in blocks()), 0 * scale)
+        if not (peak <= 127 * scale).all():  # also where K holds NaN
+            scale = (torch.maximum(peak, 127 * scale * (self.n > 0)) / 127).clamp(min=1e-30)
+            self.n, code, error = 0, code[:, :0], 0 * error
+        new = [code]
+        for x in blocks():
+            new.append((x / scale).round().to(torch.int8))
+            error = torch.maximum(error, (x - new[-1] * scale).abs().amax(dim=1, keepdim=True))
+        self.parts, self.n = [torch.cat(new, dim=1), scale, error], k.shape[1]
+
+    def candidates(self, q: Tensor, count: int, top: int) -> tuple[Tensor, Tensor]:
+        """Indices of the `count` best by integer score, and whether the best `top` rows are proven to be among them:
+        q (Hk, R, D) -> (Hk, R, count), (Hk, R)."""
+        (code, scale, error), R = self.parts, q.shape[1]
+        p = q * scale  # q . k = p . code
+        unit = p.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
+        high = (p / unit).round()
+        low = ((p / unit - high) * 254).round()  # q in 16 bits: p = unit (high + low / 254)
+        columns = F.pad(torch.cat([high, low], dim=1), (0, 0, 0, -2 * R % 8)).to(torch.int8)  # (Hk, 2 R, D), padded
+        s = torch.empty(len(q), self.n, R, dtype=torch.int32, device=q.device)
+        for h in range(len(q)):
+            both = torch._int_mm(code[h], columns[h].T)  # (n, 2 R)
+            torch.add(both[:, R : 2 * R], both[:, :R], alpha=254, out=s[h])
+        score, index = exact_topk(s.transpose(1, 2), count)  # (Hk, R, count)
+        off = (q.abs() * error).sum(-1) + 127 * (p - unit * (high + low / 254)).abs().sum(-1)  # (Hk, R)
+        gap = (score.topk(top, dim=-1).values[..., -1] - score.amin(dim=-1)) * unit[..., 0] / 254
+        return index, gap > 2.001 * off
 
 
 class Clusters:
@@ -632,7 +686,7 @@ class Clusters:
             start.append(F.pad(home.bincount(minlength=lists).cumsum(0), (1, 0)))
         self.parts, self.n = [torch.stack(centres), torch.stack(members), torch.stack(start)], n
 
-    def candidates(self, q: Tensor, count: int) -> Tensor:
+    def candidates(self, q: Tensor, count: int, top: int) -> tuple[Tensor, None]:
         """The members of the lists nearest to each query, all of them, padded with -1: q (Hk, R, D) -> (Hk, R, any)."""
         centres, members, start = self.parts
         near = torch.bmm(q, centres.transpose(1, 2)).topk(min(self.probes, centres.shape[1]), dim=-1).indices.cpu()
@@ -640,7 +694,13 @@ class Clusters:
                  for h in range(len(q))]  # fmt: skip
         most = max(len(x) for rows in found for x in rows)
         pad = lambda x: F.pad(x, (0, most - len(x)), value=-1)
-        return torch.stack([torch.stack([pad(x) for x in rows]) for rows in found]).to(q.device)
+        return torch.stack([torch.stack([pad(x) for x in rows]) for rows in found]).to(q.device), None
+
+
+def make_index(kind: str, Hk: int, D: int, device):
+    """The index of one layer, None for "exact"."""
+    make = {"q8": Int8, "ivf": Clusters, "exact": lambda *_: None}.get(kind, functools.partial(Quantised, kind))
+    return make(Hk, D, device)
 
 
 # ---- the cache: keys and values of one sequence, in host memory or on a GPU
@@ -665,7 +725,7 @@ def available_bytes() -> int:
 def cache_bytes(config: dict, n: int, index: str, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of keys and values, and of the index, of n rows in all layers."""
     L, Hk, D = config["num_hidden_layers"], config["num_key_value_heads"], config["head_dim"]
-    bits = {"exact": 0, "q8": 8 + 32 / GROUP, "q4": 4 + 32 / GROUP, "sign": 1 + 16 / D, "ivf": 64 / D}[index]
+    bits = {"exact": 0, "q8": 8, "q4": 4 + 32 / GROUP, "sign": 1 + 16 / D, "ivf": 64 / D}[index]
     return 2 * n * L * Hk * D * dtype.itemsize, int(n * L * Hk * D * bits / 8)
 
 
@@ -755,61 +815,75 @@ class KVStore:
             kb, vb = grown
         kb[:, n : n + m].copy_(k)
         vb[:, n : n + m].copy_(v)
-        if self.kind != "exact" and index is None:
-            make = functools.partial(Quantised, self.kind) if self.kind != "ivf" else Clusters
-            index = make(Hk, D, self.index_device)
+        index = index or make_index(self.kind, Hk, D, self.index_device)
         if index:
             index.add(kb[:, : n + m])
         self.layers[layer] = [kb, vb, n + m, index]
 
     @torch.no_grad()
-    def search(self, layer: int, q: Tensor, topk, candidates: int = 2, share: str = "head") -> tuple[Tensor, Tensor]:
+    def search(self, layer: int, q: Tensor, topk, candidates: int = 2, share: str = "head", sink: int = 0,
+               recent: int = 0) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The best rows of each query: q (Hq, T, D) -> raw scores q . k in fp32 and rows int64, both (Hq, T, k).
 
         An approximate index names candidates * k rows, which are scored exactly. Where ivf finds too few, index -1 with
-        score -inf. ValueError: a bad topk, or NaN or infinity in q or K.
+        score -inf. q8 on a CPU is exact: without its proof all rows are scored. The first `sink` and last `recent` rows
+        come on top of k. ValueError: a bad topk, or NaN or infinity in q or K.
         """
         Hq, T, _ = q.shape
         k, n = self.layers[layer][0], self.layers[layer][2]
-        top = resolve_k(topk, n)
+        sink = min(sink, n)
+        recent = min(recent, n - sink)
+        top = min(resolve_k(topk, n), n - sink - recent)
         step = max(1, SCRATCH // max(1, 4 * Hq * n))
-        found = [self._search(layer, q[:, a : a + step], top, candidates, share) for a in range(0, T, step)]
+        found = [
+            self._search(layer, q[:, a : a + step], top, candidates, share, sink, recent) for a in range(0, T, step)
+        ]
         score, index = (torch.cat(x, dim=1) for x in zip(*found, strict=True))
         if self.recall is not None and self.kind != "exact":
             exact = _choose(_scores(q.reshape(len(k), -1, q.shape[2]).to(k.device), k[:, :n]), top, q.shape[-1] ** -0.5,
-                            T, share, 0, 0)[1].reshape(Hq, T, -1)  # fmt: skip
+                            T, share, sink, recent)[1].reshape(Hq, T, -1)  # fmt: skip
             hit = torch.isin(index + n * torch.arange(Hq * T, device=index.device).view(Hq, T, 1),
                              exact + n * torch.arange(Hq * T, device=exact.device).view(Hq, T, 1))  # fmt: skip
             self.recall.append(hit.float().mean().item())
         return score, index
 
-    def _search(self, layer: int, q: Tensor, top: int, candidates: int, share: str) -> tuple[Tensor, Tensor]:
+    def _search(self, layer: int, q: Tensor, top: int, candidates: int, share: str, sink: int,
+                recent: int) -> tuple[Tensor, Tensor]:  # fmt: skip
         (k, _, n, index), (Hq, T, D) = self.layers[layer], q.shape
-        rows, k, scale = q.reshape(len(k), -1, D), k[:, :n], D**-0.5
-        if index is None or index.n == 0 or candidates * top >= index.n:
-            if k.is_cuda and share == "head" and kernels.available():
+        rows, k, scale, back = q.reshape(len(k), -1, D), k[:, :n], D**-0.5, lambda x: x.reshape(Hq, T, -1)
+        few = top + sink + recent < n and index is not None and candidates * top + sink + recent < index.n
+        if few:
+            near = rows.to(index.parts[0].device).float()
+            at, sure = index.candidates(near, candidates * top + sink + recent, top + sink + recent)  # (Hk, R, c)
+            few = sure is None or sure.is_cuda or bool(sure.all())
+        if not few:
+            if k.is_cuda and share == "head" and not sink and not recent and kernels.available():
                 value, at = kernels.topk_triton(kernels.scores_triton(rows, k), top)
             else:
-                value, at = _choose(_scores(rows.to(k.device), k, f"layer {layer}"), top, scale, T, share, 0, 0)
-            return value.reshape(Hq, T, top), at.reshape(Hq, T, top)
-        at = index.candidates(rows.to(index.parts[0].device).float(), candidates * top).to(k.device)  # (Hk, R, c)
+                value, at = _choose(_scores(rows.to(k.device), k, f"layer {layer}"), top, scale, T, share, sink, recent)
+            return back(value), back(at)
+        rows, at = rows.to(k.device).float(), at.to(k.device)
+        exact = lambda at: torch.matmul(_rows(k, at.clamp(min=0)).float(), rows[..., None])[..., 0]  # (Hk, R, c)
         rest = torch.arange(index.n, n, device=k.device).expand(*at.shape[:2], -1)
         at = torch.cat([at, rest], dim=-1)
-        if at.shape[-1] < top:
-            at = F.pad(at, (0, top - at.shape[-1]), value=-1)
-        near = _rows(k, at.clamp(min=0)).float()  # (Hk, R, c, D)
-        value = torch.matmul(near, rows.to(k.device).float()[..., None])[..., 0].masked_fill(at < 0, -math.inf)
+        at = F.pad(at, (0, max(0, top - at.shape[-1])), value=-1)
+        at = at.masked_fill((at < sink) | (at >= n - recent), -1)
+        value = exact(at).masked_fill(at < 0, -math.inf)
         if share == "group":  # each head's probability among its own candidates stands in for that over the prefix
             mass = torch.zeros(len(k), T, n + 1, device=k.device)
             mine = (value * scale).softmax(dim=-1).unflatten(1, (-1, T))  # (Hk, G, T, c)
             for g, where in enumerate(at.unflatten(1, (-1, T)).unbind(1)):
                 mass.scatter_add_(-1, where.clamp(min=0), mine[:, g])
-            at = exact_topk(mass[..., :n], top)[1].repeat(1, Hq // len(k), 1)
-            value = torch.matmul(_rows(k, at).float(), rows.to(k.device).float()[..., None])[..., 0]
+            at = exact_topk(mass[..., sink : n - recent], top)[1].repeat(1, Hq // len(k), 1) + sink
+            value = exact(at)
         else:
             value, best = exact_topk(value, top)
             at = at.gather(-1, best)
-        return value.reshape(Hq, T, top), at.reshape(Hq, T, top)
+        if sink or recent:
+            ends = torch.cat([torch.arange(sink, device=k.device), torch.arange(n - recent, n, device=k.device)])
+            ends = ends.expand(*at.shape[:2], -1)
+            at, value = torch.cat([at, ends], dim=-1), torch.cat([value, exact(ends)], dim=-1)
+        return back(value), back(at)
 
     def gather(self, layer: int, idx: Tensor) -> Tensor:
         """Value rows at idx (Hq, T, k), head h from key/value head h // G -> (Hq, T, k, D); row 0 for index -1."""
@@ -817,7 +891,7 @@ class KVStore:
         return _rows(v, idx.clamp(min=0).reshape(len(v), -1, idx.shape[-1])).reshape(*idx.shape, -1)
 
     def attend(self, layer: int, q: Tensor, topk, ks: Tensor, vs: Tensor, *, share: str = "head", candidates: int = 2,
-               cache: "RowCache | None" = None) -> Tensor:  # fmt: skip
+               sink: int = 0, recent: int = 0, cache: "RowCache | None" = None) -> Tensor:  # fmt: skip
         """topk_attention of q (Hq, T, D) over the stored rows and the suffix (Hk, M, D), on q's device.
 
         On a GPU with rows in host memory the suffix part runs while the host searches.
@@ -825,14 +899,14 @@ class KVStore:
         (Hq, T, D), scale, k = q.shape, q.shape[2] ** -0.5, self.layers[layer][0]
         o, l = _suffix_part(q.reshape(len(k), -1, D), ks, vs, scale, T, "" if q.is_cuda else f"the suffix, {layer}")
         if self.n:
-            if resolve_k(topk, self.n) == self.n:  # dense: nothing to look for
+            if resolve_k(topk, self.n) + sink + recent >= self.n:  # dense: nothing to look for
                 none, where = k.new_zeros(len(k), 0, D, dtype=torch.float32), f"layer {layer}"
                 part = _attend_one(
                     q.to(k.device), *self.rows(layer), self.n, none, none, scale, 0, 0, "head", where, False
                 )
                 part = [x.reshape(*l.shape, *x.shape[2:]).to(q.device) for x in part[:2]]
             else:
-                score, at = self.search(layer, q.to(k.device), topk, candidates, share)
+                score, at = self.search(layer, q.to(k.device), topk, candidates, share, sink, recent)
                 rows = cache.fetch(layer, at) if cache else self.gather(layer, at)
                 fold = lambda x: x.to(q.device, non_blocking=True).reshape(*l.shape, *x.shape[2:])
                 part = _part(fold(score) * scale, fold(rows))
@@ -886,10 +960,8 @@ class KVStore:
             if k.shape[1] != facts["n"] or v.shape != k.shape:
                 raise ValueError(f"{folder}: layer {layer} holds {tuple(k.shape)}, meta.json says {facts['n']} rows")
             if store.device.type == "cpu" and not store.pin and store.kind == facts["index"]:
-                index = None
-                if store.kind != "exact":
-                    make = functools.partial(Quantised, store.kind) if store.kind != "ivf" else Clusters
-                    index = make(len(k), k.shape[2], store.index_device)
+                index = make_index(store.kind, len(k), k.shape[2], store.index_device)
+                if index:
                     index.n = index_rows
                     index.parts = [parts[f"index.{i}"].to(store.index_device) for i in range(len(index.parts))]
                 store.layers[layer] = [k, v, facts["n"], index]
@@ -917,7 +989,11 @@ class ShardedStore(KVStore):
         k, v, n, _ = self.layers[layer]
         return k[:, :n], v[:, :n]
 
-    def attend(self, layer: int, q: Tensor, topk, ks: Tensor, vs: Tensor, **_) -> Tensor:
+    def attend(self, layer: int, q: Tensor, topk, ks: Tensor, vs: Tensor, *, share: str = "head", sink: int = 0,
+               recent: int = 0, **_) -> Tensor:  # fmt: skip
+        if share != "head" or sink or recent:
+            raise ValueError(f"over several processes each query head chooses alone, without sinks or a recent window: "
+                             f"got share={share!r}, sink={sink}, recent={recent}. Run one process.")  # fmt: skip
         k, v = self.rows(layer)
         o = _sharded_one(q.to(k.device), k, v, topk, ks.to(k.device), vs.to(k.device), q.shape[2] ** -0.5, None, False)
         return o[0].to(q.device, q.dtype)
@@ -975,7 +1051,7 @@ def _sha(x) -> str:
 
 
 _SAFE = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn",
-         "U8": "uint8", "I64": "int64", "I32": "int32"}  # fmt: skip
+         "U8": "uint8", "I8": "int8", "I64": "int64", "I32": "int32"}  # fmt: skip
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -1278,8 +1354,8 @@ def _check_start(model: Llama, ids: Tensor, store: KVStore, k, more: int, allow:
 def decode(model: Llama, ids: Tensor, store: KVStore, k, *, allow_extrapolation: bool = False, **attend) -> Tensor:
     """Logits (T, V) of ids (T,) that follow the stored prefix, each query choosing its rows; the store is unchanged.
 
-    k: as topk_attention's topk, or a list with one per layer. `attend`: share, candidates. ValueError: a bad k, a store
-    of another model, a position past the model's range.
+    k: as topk_attention's topk, or a list with one per layer. `attend`: share, candidates, sink, recent. ValueError: a
+    bad k, a store of another model, a position past the model's range.
     """
     budgets = _check_start(model, ids, store, k, 0, allow_extrapolation)
     return model.logits(_advance(model, ids, store, budgets, Suffix(model, len(ids)), **attend))
@@ -1444,7 +1520,7 @@ def train_tiny(seed: int = 0, steps: tuple[int, int] = (600, 120)) -> Llama:
 
 @torch.no_grad()
 def toy_accuracy(model: Llama, task: str, n: int, queries: int, ks: list, seed: int = 0, control: bool = False,
-                 w: cluster.World | None = None, bar=iter, share: str = "head") -> list[float]:  # fmt: skip
+                 w: cluster.World | None = None, bar=iter, **how) -> list[float]:  # fmt: skip
     """Accuracy per k, the first n tokens prefilled densely and the tail decoded with top-k: the ranks share the rows.
 
     A query is right if the answer has the largest logit; with several right answers, the share of them on top.
@@ -1457,7 +1533,7 @@ def toy_accuracy(model: Llama, task: str, n: int, queries: int, ks: list, seed: 
         keys = ids[i, n::2] - QUERY  # (8,)
         answers = (keys[:, None] * VARIANTS + torch.arange(VARIANTS))[right[i]].view(NEEDLES, -1).to(model.device)
         for j, k in enumerate(ks):
-            logits = decode(model, ids[i, n:], store, k, share=share)[::2]  # (8, V)
+            logits = decode(model, ids[i, n:], store, k, **how)[::2]  # (8, V)
             top = logits.topk(answers.shape[1], dim=-1).indices
             hits[j] += (answers[:, :, None] == top[:, None]).any(dim=-1).double().mean(dim=-1).sum()
     if size > 1:
@@ -1726,7 +1802,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
         """Accuracy of one row of the table, dense and at each k, over n tokens; logged, and kept in `found`."""
         queries = {2048: 256}.get(n, 512 if n < 2048 else 128)
         bar = functools.partial(report.progress, what=label, w=w)
-        found[label] = acc = toy_accuracy(model, task, n, queries, ks, cfg.seed, control, w, bar, cfg.share)
+        found[label] = acc = toy_accuracy(model, task, n, queries, ks, cfg.seed, control, w, bar, share=cfg.share)
         for word, k, a in zip(words, ks, acc, strict=True):
             share = 0.0 if word == "dense" else k if isinstance(k, float) else k / n
             cell = {"context": n, "k": share, "rows": resolve_k(k, n), "queries": queries}
@@ -1864,7 +1940,8 @@ def evaluate(cfg: Config, w: cluster.World) -> None:
         for task in TOY_TASKS if cfg.tasks == Config.tasks else cfg.tasks:
             if task not in TOY_TASKS:
                 raise BadInput(f"--tasks {task}: the toy has {', '.join(TOY_TASKS)}; {task} needs --model")
-            acc = toy_accuracy(model, task, cfg.context, 8 * cfg.samples, ks, cfg.seed, w=w, share=cfg.share)
+            acc = toy_accuracy(model, task, cfg.context, 8 * cfg.samples, ks, cfg.seed, w=w, share=cfg.share,
+                               sink=cfg.sink, recent=cfg.recent)  # fmt: skip
             run.log(task=task, context=cfg.context, **dict(zip(words, acc, strict=True)))
             rows.append([task, *acc])
         return w.print(report.table([f"{cfg.context} tokens", "dense", *map(_name, cfg.ks)], rows))
@@ -1924,7 +2001,7 @@ def answer_all(cfg: Config, chat: Chat, task: str, sample: int, words: tuple) ->
     new, out = 20 if task == "niah_single" else BUDGET[task.split("_")[0]], []
     for word in words:
         got = generate(chat.model, ids[-1:], parse_k(word), new, store=store, stop=chat.stop, share=cfg.share,
-                       candidates=cfg.candidates)  # fmt: skip
+                       sink=cfg.sink, recent=cfg.recent, candidates=cfg.candidates)  # fmt: skip
         out.append({"task": task, "sample": sample, "k": word, "output": chat.decode(got), "answers": answers,
                     "tokens": len(ids)})  # fmt: skip
     return out
@@ -1988,7 +2065,7 @@ def generate_text(cfg: Config, w: cluster.World) -> None:
     if cfg.slope and not isinstance(k, list):
         k = layer_budgets(k, len(chat.model.layers), cfg.slope, store.n)
     generate(chat.model, ids, k, cfg.new_tokens, store=store, stop=chat.stop, hear=hear, share=cfg.share,
-             max_suffix=cfg.max_suffix, candidates=cfg.candidates,
+             max_suffix=cfg.max_suffix, candidates=cfg.candidates, sink=cfg.sink, recent=cfg.recent,
              allow_extrapolation=cfg.allow_extrapolation)  # fmt: skip
     rate = f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s" if len(times) > 1 else "one token"
     w.print(f"\n{len(times)} tokens, {rate} after the first, k = {_name(cfg.k)} of {store.n} keys, "
@@ -2101,6 +2178,13 @@ def bench(cfg: Config, w: cluster.World) -> None:
         "topk_attention": (lambda: topk_attention(q, keys, values, k), picked),
         "topk_attention, group-shared": (lambda: topk_attention(q, keys, values, k, share="group"), picked),
     }  # fmt: skip
+    if not cuda:
+        store = KVStore(index="q8", dtype=dtype)
+        store.put(0, keys[0], values[0])
+        none = q.new_zeros(Hk, 0, D)
+        proven = Hk * n * D + Hq * top * D * size * (cfg.candidates + 1)  # codes, candidates and values
+        cases["KVStore search, q8 proven exact"] = (
+            lambda: store.attend(0, q[0], top, none, none, candidates=cfg.candidates)[None], proven)  # fmt: skip
     if cuda and kernels.available():
         cases["dense split kernel"] = (lambda: kernels.dense_decode_triton(q, keys, values, D**-0.5), whole)
     else:

@@ -336,10 +336,12 @@ def test_store_search_and_gather(index):
     assert recall >= {"exact": 1.0, "q8": 1.0, "q4": 0.98, "sign": 0.2, "ivf": 0.99}[index]
     assert index == "exact" or abs(store.recall[0] - recall) < 1e-6
     kv = 2 * 2 * 3000 * 32 * 4
-    part = {"exact": 0, "q8": 1 + 4 / 64, "q4": 0.5 + 4 / 64, "sign": 1 / 8 + 2 / 32}.get(index)
+    part = {"exact": 0, "q4": 0.5 + 4 / 64, "sign": 1 / 8 + 2 / 32}.get(index)
     if part is not None:
         rows = 3000 // 64 * 64
         assert store.nbytes == kv + round(2 * rows * 32 * part)
+    if index == "q8":
+        assert store.nbytes == kv + 2 * 3000 * 32 + 2 * 2 * 32 * 4  # codes; a scale and an error per head and channel
     gscore, gat = store.search(0, q[0], 20, share="group")
     assert torch.equal(gat[0], gat[1]) and not torch.equal(gat[0], gat[2])
     torch.testing.assert_close(gscore, full.gather(-1, gat))
@@ -366,6 +368,57 @@ def test_append_finds_new_rows(index):
         store.append(0, k[0, :, :1, :16], v[0, :, :1, :16])
     with pytest.raises(ValueError, match="k and v"):
         store.put(0, k[0], v[0, :, :3])
+
+
+@pytest.mark.parametrize("index", T.INDEXES)
+@pytest.mark.parametrize("share", T.SHARES)
+def test_store_keeps_sinks_and_a_recent_window(index, share):
+    q, k, v, ks, vs = problem(Hq=4, Hk=2, rows=2, N=700, D=32, M=3, dtype=torch.float32)
+    store = T.KVStore(index=index, dtype=torch.float32)
+    store.put(0, k[0], v[0])
+    at = store.search(0, q[0], 20, sink=4, recent=9, share=share)[1].view(-1, 33)
+    forced = {*range(4), *range(691, 700)}
+    assert all(forced <= set(row) and len(set(row)) == 33 for row in at.tolist())
+    whole = {"share": share, "sink": 4, "recent": 9}
+    if index in ("exact", "q8") and not (index == "q8" and share == "group"):  # those find the exact choice
+        want = T.topk_attention(q, k, v, 20, k_suffix=ks, v_suffix=vs, **whole)
+        torch.testing.assert_close(store.attend(0, q[0], 20, ks[0], vs[0], **whole), want[0])
+    for top in (690, 0.999):  # the ends and k are everything
+        dense = T.topk_attention(q, k, v, 1.0, k_suffix=ks, v_suffix=vs)[0]
+        torch.testing.assert_close(store.attend(0, q[0], top, ks[0], vs[0], **whole), dense)
+
+
+def test_q8_proves_its_choice_or_scores_all_rows():
+    g = torch.Generator().manual_seed(0)
+    k, q = torch.randn(2, 6000, 64, generator=g), torch.randn(8, 3, 64, generator=g)
+    k[..., :3] *= 20  # outlier channels
+    for dtype in (torch.float32, torch.bfloat16):
+        store, exact = T.KVStore(index="q8", dtype=dtype), T.KVStore(dtype=dtype)
+        for s in (store, exact):
+            s.put(0, k[:, :4000], k[:, :4000])
+            s.append(0, 3 * k[:, 4000:], k[:, 4000:])  # past the first scale: all codes are made anew
+        index = store.layers[0][3]
+        rows, top = q.view(2, 12, 64), 60
+        at, sure = index.candidates(rows, 4 * top, top)
+        assert sure.all() and not index.candidates(rows, top + 1, top)[1].any()
+        code, scale, error = index.parts
+        assert ((store.rows(0)[0].float() - code * scale).abs() <= error).all() and (error <= 0.51 * scale).all()
+        for candidates in (4, 1):  # proven, and not: the same rows
+            a, b = store.search(0, q, top, candidates), exact.search(0, q, top)
+            assert torch.equal(a[1].sort().values, b[1].sort().values)
+    # the best row hides among 100 whose integer scores tie with or beat its own: no proof, so all rows are scored
+    k = torch.ones(1, 4096, 8).index_fill_(1, torch.arange(3996), 0.0)
+    k[0, :, 1], k[0, -1, 0] = 0.0, 1.0 + 1e-4
+    store = T.KVStore(index="q8", dtype=torch.float32)
+    store.put(0, k, k)
+    assert not store.layers[0][3].candidates(torch.ones(1, 1, 8), 4, 2)[1].any()
+    assert 4095 in store.search(0, torch.ones(1, 1, 8), 2)[1]
+    k[0, 5, 0] = math.nan
+    store.put(0, k, k)
+    with pytest.raises(ValueError, match="K of layer 0 holds NaN"):
+        store.search(0, torch.ones(1, 1, 8), 2)
+    with pytest.raises(ValueError, match="head width 20 does not fit"):
+        T.Int8(1, 20, "cpu")
 
 
 def test_q4_recall_on_gaussian_keys():
