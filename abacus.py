@@ -1,0 +1,802 @@
+"""Abacus embeddings: digit positions that let a transformer add numbers far longer than it was trained on.
+
+HEADER
+"""
+
+import contextlib
+import math
+import string
+import time
+import zlib
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import cli, report
+from common import dist as cluster
+from common.cli import BadInput, opt
+from common.weights import rotate
+
+TASKS = ("add", "sub", "mul", "or", "sort")
+ENCODINGS = ("abacus", "learned", "nope", "rope", "fire")
+INJECTIONS = ("none", "first", "recurrence", "layer")
+
+
+@dataclass
+class Config:
+    mode: str = opt("demo", "what to do", choices=("demo", "train", "eval", "bench"), positional=True)
+    preset: str = opt("laptop", "defaults for a setting; flags win over it", choices=("laptop", "h200", "paper"))
+    # the task
+    task: str = opt("add", "what to compute", choices=TASKS)
+    digits: int = opt(8, "most digits of an operand in training; for sort also the most elements")
+    short: int = opt(0, "steps over which the most digits grow from 1 to --digits; 0 is at once (published)")
+    # positions
+    pos: str = opt("abacus", "abacus, learned, nope, rope, fire, or several joined by +")
+    max_offset: int = opt(30, "k, the largest random start of the digit counts in training")
+    offset_per: str = opt("sample", "one start for each batch (published) or each sample", choices=("batch", "sample"))
+    grow: int = opt(0, "steps over which the largest start grows from 1 to --max-offset; 0 is at once (published)")
+    max_positions: int = opt(128, "rows of the tables of abacus and learned positions")
+    # the model
+    d_model: int = opt(128, "width")
+    n_layer: int = opt(2, "layers in the block")
+    recurrences: int = opt(2, "times the block is applied")
+    n_head: int = opt(4, "attention heads")
+    ff: int = opt(256, "width of the feed-forward layer after gating")
+    norm: str = opt("pre", "RMSNorm before each part, or the published LayerNorm after it", choices=("pre", "post"))
+    injection: str = opt("layer", "where the embedded input enters again", choices=INJECTIONS)
+    logit_scale: str = opt("log", "of attention: none, or the logarithm of the context", choices=("none", "log"))
+    state_init: str = opt("zero", "first state of the loop; noise is the published one", choices=("zero", "noise"))
+    # training
+    steps: int = opt(600, "optimizer steps")
+    batch: int = opt(96, "examples per step, over all processes and buckets")
+    buckets: int = opt(2, "parts of a batch sorted by length, each padded to its own longest example")
+    lr: float = opt(2e-3, "peak learning rate of AdamW")
+    warmup: int = opt(30, "steps of linear warm-up")
+    cooldown: float = opt(0.4, "last part of the run, over which the rate falls to 0")
+    beta2: float = opt(0.98, "AdamW's second decay rate")
+    weight_decay: float = opt(0.0, "of matrices")
+    clip: float = opt(1.0, "largest norm of the gradient")
+    loss: str = opt("full", "gradients through all recurrences, or the published random depth", choices=("full", "prog"))
+    alpha: float = opt(1.0, "with --loss prog, the share of the random depth in the loss")
+    seed: int = opt(0, "seed of the weights and the data")
+    seeds: int = opt(1, "train so many seeds, from --seed on")
+    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    dtype: str = opt("float32", "of the matrix products in training", choices=("float32", "bfloat16"))
+    compile: bool = opt(False, "compile the layers")
+    # files
+    out: str = opt("results/abacus", "folder of what the run writes; train writes into its seedN/")
+    resume: bool = opt(False, "train: go on from the checkpoint in --out")
+    save_every: int = opt(200, "steps between checkpoints; 0 writes only the last")
+    log_every: int = opt(10, "steps between lines in metrics.jsonl")
+    minutes: float = opt(0.0, "train: save and stop after so long, to go on with --resume; 0 is no limit")
+    # measuring
+    probe: tuple = opt((8, 10, 12), "lengths n of the n+n problems tried during training; best.pt is best at these")
+    probe_every: int = opt(50, "steps between those")
+    n: int = opt(200, "problems per length in tables")
+    grid: int = opt(20, "most digits in heat maps")
+    per_cell: int = opt(10, "problems per cell of a heat map")
+    quick: bool = opt(False, "demo: Abacus alone")
+    model: str = opt("results/abacus/seed0/best.pt", "eval: the weights to try")
+
+    def __post_init__(self):
+        kinds = self.pos.split("+")
+        if bad := [p for p in kinds if p not in ENCODINGS]:
+            raise ValueError(f"unknown position {bad[0]!r} in --pos {self.pos}; choose from {', '.join(ENCODINGS)}")
+        if "nope" in kinds and len(kinds) > 1:
+            raise ValueError(f"--pos {self.pos}: nope is the absence of all others and joins none")
+        least = ("digits", "max_offset", "d_model", "n_layer", "n_head", "ff", "recurrences", "steps", "batch", "buckets")
+        for name in (*least, "seeds", "log_every", "probe_every", "n", "max_positions", "per_cell", "grid"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.d_model % self.n_head:
+            fit = [str(h) for h in range(1, self.d_model + 1) if self.d_model % h == 0][:8]
+            raise ValueError(f"--n-head {self.n_head} does not divide --d-model {self.d_model}; {', '.join(fit)} do")
+        for name, allowed in (("task", TASKS), ("injection", INJECTIONS), ("norm", ("pre", "post"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(allowed)}")
+        if not 0 <= self.cooldown <= 1 or not 0 <= self.alpha <= 1:
+            raise ValueError("--cooldown and --alpha are parts of a whole, between 0 and 1")
+
+
+PRESETS = {
+    "laptop": {},
+    "h200": {  # 100 + 100 digits after training on 20, within half an hour of one GPU
+        "digits": 20, "max_offset": 100, "max_positions": 512, "d_model": 512, "n_layer": 4, "n_head": 8, "ff": 1024,
+        "steps": 9000, "batch": 4096, "buckets": 4, "lr": 6e-4, "warmup": 270, "cooldown": 0.3, "save_every": 500,
+        "log_every": 50, "dtype": "bfloat16", "compile": True, "probe": (20, 30, 40, 60, 100), "probe_every": 250,
+        "n": 1000, "grid": 100, "per_cell": 100,
+    },
+    "paper": {  # the published shape and recipe, 8 layers x 2; the budget in steps is ours
+        "digits": 20, "max_offset": 100, "offset_per": "batch", "max_positions": 512, "d_model": 1024, "n_layer": 8,
+        "n_head": 16, "ff": 1024, "norm": "post", "injection": "recurrence", "logit_scale": "none", "steps": 4500,
+        "batch": 8192, "buckets": 4, "lr": 1e-4, "warmup": 450, "cooldown": 0.1, "weight_decay": 0.01, "clip": 0.5,
+        "loss": "prog", "state_init": "noise", "save_every": 500, "log_every": 50, "dtype": "bfloat16",
+        "compile": True, "probe": (20, 30, 40, 60, 100), "probe_every": 250, "grid": 100, "per_cell": 100,
+    },
+}  # fmt: skip
+
+
+# ---- the method: a digit's position is its place in its number
+
+
+def digit_positions(ids: Tensor, digit_ids, offset: int | Tensor = 1) -> Tensor:
+    """Row of the Abacus table for each token: ids (B, T) -> (B, T) int64. Digits count offset, offset + 1, ... from the
+    first of their run; all other tokens are 0.
+
+    digit_ids: ten distinct token ids. offset: at least 1, a number or (B, 1); 1 is no shift. Two numbers without a
+    token between them are one run. A position depends on the tokens before it alone. ValueError, TypeError.
+    """
+    _check_ids(ids)
+    _check_digits(digit_ids)
+    wanted = torch.as_tensor(digit_ids, device=ids.device)
+    return _positions(ids, wanted, _check_offset(offset, len(ids)).to(ids.device))
+
+
+def _positions(ids: Tensor, digit_ids: Tensor, offset: Tensor) -> Tensor:
+    if ids.numel() == 0:
+        return torch.zeros_like(ids, dtype=torch.long)
+    digit = (ids[..., None] == digit_ids).any(dim=-1)  # (B, T)
+    i = torch.arange(ids.shape[1], device=ids.device)
+    last = torch.where(digit, -1, i).cummax(dim=1).values  # newest token that is no digit; -1: none so far
+    return torch.where(digit, i - last + offset - 1, 0)
+
+
+def _check_ids(ids: Tensor) -> None:
+    if ids.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+        raise TypeError(f"ids must be integer token ids, got {ids.dtype}. Convert them: ids.long()")
+    if ids.ndim != 2:
+        raise ValueError(f"ids must have shape (batch, time), got {tuple(ids.shape)}")
+
+
+def _check_digits(digit_ids) -> None:
+    digit_ids = digit_ids.tolist() if isinstance(digit_ids, Tensor) else list(digit_ids)
+    if len(digit_ids) != 10 or len(set(digit_ids)) != 10:
+        raise ValueError(f"digit_ids must be ten distinct token ids, got {len(set(digit_ids))}")
+
+
+def _check_offset(offset, batch: int, largest: int | None = None) -> Tensor:
+    """offset as a tensor () or (B, 1). ValueError: another shape, or outside 1..largest."""
+    offset = torch.as_tensor(offset)
+    if offset.ndim and offset.shape != (batch, 1):
+        raise ValueError(f"offset must be a scalar or (batch, 1), got {tuple(offset.shape)} for {batch} rows")
+    for bad in offset[(offset < 1) | (offset > (largest or offset))].flatten()[:1].tolist():
+        raise ValueError(f"offset must be in 1..{largest}, got {bad}" if largest else f"offset must be >= 1, got {bad}")
+    return offset
+
+
+def _overflow(span: int, offset: int, rows: int) -> ValueError:
+    need = span + offset - 1
+    return ValueError(f"digit span of {span} tokens with offset {offset} needs row {need} but the table has {rows} rows")
+
+
+class AbacusEmbedding(nn.Module):
+    """E[row], to be added to the token embedding; one offset shifts all numbers of an example alike.
+
+    In training the offset is drawn from 1..max_offset, so that rows beyond the training lengths are trained; in eval
+    mode it is 1. Row 0, which all other tokens share, is learned like the rest.
+    """
+
+    def __init__(self, digit_ids, dim: int, max_positions: int = 1024, max_offset: int = 100, offset_per="batch"):
+        super().__init__()
+        if offset_per not in ("batch", "sample"):
+            raise ValueError(f"offset_per must be batch or sample, got {offset_per!r}")
+        _check_digits(digit_ids)
+        self.register_buffer("digit_ids", torch.as_tensor(digit_ids), persistent=False)
+        self.max_offset, self.offset_per = max_offset, offset_per
+        self.table = nn.Embedding(max_positions, dim)
+
+    def draw(self, batch: int, generator: torch.Generator | None = None, largest: int = 0) -> Tensor:
+        """Random offsets in 1..(largest or max_offset): (batch, 1), or () with offset_per batch; on the CPU."""
+        shape = (batch, 1) if self.offset_per == "sample" else ()
+        return torch.randint(1, (largest or self.max_offset) + 1, shape, generator=generator)
+
+    def forward(self, ids: Tensor, offset=None, generator: torch.Generator | None = None) -> Tensor:
+        """ids (B, T) -> (B, T, dim). ValueError: a count outgrows the table, or a bad offset."""
+        _check_ids(ids)
+        if offset is None:
+            offset = self.draw(len(ids), generator) if self.training else 1
+        offset = _check_offset(offset, len(ids), self.max_offset)
+        largest = int(offset.max()) if offset.numel() else 1  # offsets are on the CPU: no wait for the GPU
+        row = _positions(ids, self.digit_ids, offset.to(ids.device, non_blocking=True))  # (B, T)
+        if ids.shape[1] + largest - 1 >= self.table.num_embeddings and row.numel():  # only then look at the rows
+            worst = int(row.max(dim=1).values.argmax())
+            need, own = int(row[worst].max()), int(offset.expand(len(ids), 1)[worst])
+            if need >= self.table.num_embeddings:
+                raise _overflow(need - own + 1, own, self.table.num_embeddings)
+        return self.table(row)
+
+
+# ---- the model
+
+
+class FIRE(nn.Module):
+    """Attention bias from relative distance (Li et al., arXiv:2310.04418): an MLP of log(|c (q - k)| + 1), normalised."""
+
+    def __init__(self, heads: int, width: int = 32, c: float = 0.1, L: float = 512.0, eps: float = 1e-6):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(1, width), nn.ReLU(), nn.Linear(width, heads))
+        self.c, self.L_multiplier = nn.Parameter(torch.tensor(c)), nn.Parameter(torch.tensor(1.0))
+        self.init_L = nn.Parameter(torch.tensor(L), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, T: int, device=None) -> Tensor:
+        """Bias (1, heads, T queries, T keys) to add to the scaled scores; meant for keys up to the query."""
+        i = torch.arange(T, device=device, dtype=torch.float32)
+        near = (self.c * (i[:, None] - i)).abs()  # (T, T)
+        far = (self.c * torch.maximum(i, (self.L_multiplier * self.init_L).abs())).abs()[:, None]  # (T, 1)
+        x = (near + 1).log() / ((far + 1).log() + self.eps)  # (T, T)
+        return rearrange(self.mlp(x[..., None]), "q k h -> 1 h q k")
+
+
+class GLU(nn.Module):
+    """down(value * gelu(gate))."""
+
+    def __init__(self, C: int, F_: int):
+        super().__init__()
+        self.up, self.down = nn.Linear(C, 2 * F_, bias=False), nn.Linear(F_, C, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., C)."""
+        value, gate = self.up(x).chunk(2, dim=-1)  # (..., F) each
+        return self.down(value * F.gelu(gate))
+
+
+def _norm(cfg: "Config") -> nn.Module:
+    return nn.RMSNorm(cfg.d_model, eps=1e-6) if cfg.norm == "pre" else nn.LayerNorm(cfg.d_model, eps=1e-12)
+
+
+class Layer(nn.Module):
+    """Causal attention, then a GLU; the norms before each part or after it."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.H, self.pre, kinds = cfg.n_head, cfg.norm == "pre", cfg.pos.split("+")
+        self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=False)
+        self.out = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
+        self.glu = GLU(cfg.d_model, cfg.ff)
+        self.norms = nn.ModuleList([_norm(cfg), _norm(cfg)])
+        self.rope, self.log = "rope" in kinds, cfg.logit_scale == "log"
+        if "fire" in kinds:
+            self.fire = FIRE(cfg.n_head)
+
+    def attend(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.H)  # 3 x (B, H, T, D)
+        T, D, dev = x.shape[1], q.shape[-1], x.device
+        t = torch.arange(T, device=dev, dtype=torch.float32)
+        if self.rope:
+            angle = torch.outer(t, 10000 ** (-torch.arange(0, D, 2, device=dev) / D))  # (T, D/2)
+            q, k = rotate(q, angle), rotate(k, angle)
+        if self.log:  # attention spreads thinner as the context grows; sharpen it in step
+            q = q * ((t + 2).log() / math.log(16)).to(q.dtype)[:, None]
+        bias = None
+        if hasattr(self, "fire"):
+            future = torch.ones(T, T, dtype=torch.bool, device=dev).triu(1)
+            bias = self.fire(T, dev).masked_fill(future, -math.inf).to(q.dtype)  # (1, H, T, T)
+        y = F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None)
+        return self.out(rearrange(y, "b h t d -> b t (h d)"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        first, second = self.norms
+        if self.pre:
+            x = x + self.attend(first(x))
+            return x + self.glu(second(x))
+        x = first(x + self.attend(x))
+        return second(x + self.glu(x))
+
+
+class ArithmeticTransformer(nn.Module):
+    """A block of layers applied several times, the embedded input entering again on the way (looped, injected).
+
+    forward(ids (B, T)) -> logits (B, T, vocab). ValueError at construction: the table is too small for training.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cfg, kinds, C = cfg, cfg.pos.split("+"), cfg.d_model
+        self.token = nn.Embedding(vocab_size(cfg.task), C)
+        if "abacus" in kinds:
+            span = train_span(cfg.task, cfg.digits)
+            if cfg.max_offset + span > cfg.max_positions:
+                raise _overflow(span, cfg.max_offset, cfg.max_positions)
+            self.abacus = AbacusEmbedding(DIGITS, C, cfg.max_positions, cfg.max_offset, cfg.offset_per)
+        if "learned" in kinds:
+            self.learned = nn.Embedding(cfg.max_positions, C)
+        self.norm_in = _norm(cfg)
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layer))
+        if cfg.norm == "post":
+            self.head, self.map = GLU(C, cfg.ff), nn.Linear(C, C, bias=False)
+        self.norm_out = _norm(cfg)
+        self.decoder = nn.Linear(C, vocab_size(cfg.task), bias=False)
+        self.init(cfg)
+
+    def init(self, cfg: Config) -> None:
+        """Weights from (seed, name): two models that differ in positions alone start with the rest equal."""
+        gain = (8 * cfg.n_layer * cfg.recurrences) ** -0.25
+        for name, p in self.named_parameters():
+            g = cluster.generator(cfg.seed, 0, zlib.crc32(name.encode()))
+            if p.device.type == "meta" or "fire" in name or p.ndim < 2:
+                continue
+            if name.startswith(("token", "abacus", "learned")):
+                nn.init.normal_(p, std=cfg.d_model**-0.5, generator=g)
+            elif "qkv" in name:
+                for part, by in zip(p.chunk(3), (1, 1, gain), strict=True):
+                    nn.init.xavier_normal_(part, by, generator=g)
+            else:
+                nn.init.xavier_normal_(p, gain, generator=g)
+        for i, layer in enumerate(self.layers):
+            for j, p in enumerate(layer.fire.mlp.parameters() if hasattr(layer, "fire") else ()):
+                g, bound = cluster.generator(cfg.seed, 1, i, j), 1 if j < 2 else 32**-0.5
+                nn.init.uniform_(p, -bound, bound, generator=g)
+
+    def embed(self, ids: Tensor, offset=None) -> Tensor:
+        """e, the normalised sum of token and position embeddings: ids (B, T) -> (B, T, C)."""
+        e = self.token(ids)
+        if hasattr(self, "abacus"):
+            e = e + self.abacus(ids, offset)
+        if hasattr(self, "learned"):
+            if ids.shape[1] > self.cfg.max_positions:
+                raise ValueError(f"{ids.shape[1]} tokens exceed the {self.cfg.max_positions} learned positions")
+            e = e + self.learned.weight[: ids.shape[1]]
+        return self.norm_in(e)
+
+    def forward(self, ids: Tensor, recurrences: int | None = None, no_grad_recurrences: int = 0, offset=None) -> Tensor:
+        """Logits (B, T, vocab) after no_grad_recurrences without gradients and then `recurrences` with them.
+
+        offset: of the digit counts; None draws it in training and is 1 in eval mode. ValueError: recurrences < 1.
+        """
+        R, how = self.cfg.recurrences if recurrences is None else recurrences, self.cfg.injection
+        if R < 1 or no_grad_recurrences < 0:
+            raise ValueError(f"recurrences must be at least 1, got {R}, and no_grad_recurrences at least 0")
+        _check_ids(ids)
+        e = self.embed(ids, offset)  # (B, T, C)
+        x = torch.randn_like(e) * 0.02 if self.cfg.state_init == "noise" else torch.zeros_like(e)
+        x = e if how == "none" else x + e if how == "first" else x
+        for r in range(no_grad_recurrences + R):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and r >= no_grad_recurrences):
+                for i, layer in enumerate(self.layers):
+                    if how == "layer" or (how == "recurrence" and i == 0):
+                        x = x + e
+                    x = layer(x)
+        if self.cfg.norm == "post":
+            return self.decoder(self.map(self.norm_out(self.head(x))))
+        return self.decoder(self.norm_out(x))
+
+
+def _depths(R: int, alpha: float, generator: torch.Generator | None) -> list[tuple[int, int, float]]:
+    """(recurrences without gradient, with gradient, weight) of the terms of the progressive loss."""
+    K = max(R // 2, 1)
+    n = int(torch.randint(R, (), generator=generator))
+    k = int(torch.randint(1, min(R - n, K) + 1, (), generator=generator))
+    return [d for d in ((R - K, K, 1 - alpha), (n, k, alpha)) if d[2]]
+
+
+def _summed(model, ids: Tensor, targets: Tensor, offset, depths) -> Tensor:
+    """Cross entropy summed over the targets that are not -100, in fp32, and over the depths by weight."""
+    terms = []
+    for before, R, weight in depths:
+        logits = model(ids[:, :-1], R, before, offset)  # (B, T - 1, V)
+        terms.append(weight * F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum"))
+    return torch.stack(terms).sum()
+
+
+def progressive_loss(model, batch: "Batch", alpha: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    """(1 - alpha) L_max + alpha L_prog, means over the targets. L_prog runs a random depth, the last steps of it with
+    gradients; L_max the full depth, its last half with gradients (Bansal et al., arXiv:2202.05826)."""
+    offset = None
+    if model.training and hasattr(model, "abacus"):
+        offset = model.abacus.draw(len(batch.ids), generator)
+    depths = _depths(model.cfg.recurrences, alpha, generator)
+    return _summed(model, batch.ids, batch.targets, offset, depths) / (batch.targets != -100).sum().clamp(min=1)
+
+
+# ---- text and data: numbers least significant digit first, made on the device
+
+PAD, EOS, PLUS, MINUS, TIMES, EQUALS = 0, 3, 14, 15, 16, 17
+DIGITS = tuple(range(4, 14))
+LABELS = string.ascii_uppercase + string.ascii_lowercase.replace("x", "")  # x is the sign of multiplication
+CHARS = {c: i for i, c in enumerate("0123456789+-x=", start=4)}
+CHARS |= {c: i for i, c in enumerate(LABELS + ",:", start=19)}  # 18, the space, is never used
+LABEL, COMMA, COLON = 19, 19 + len(LABELS), 20 + len(LABELS)
+TEXT = {i: c for c, i in CHARS.items()}
+
+
+def vocab_size(task: str) -> int:
+    """Token ids of a task: the published 19, and those of labels and separators for sort."""
+    return 21 + len(LABELS) if task == "sort" else 19
+
+
+def train_span(task: str, digits: int) -> int:
+    """Longest run of digits in training."""
+    return {"add": digits + 1, "mul": 2 * digits}.get(task, digits)
+
+
+def encode(text: str) -> Tensor:
+    """Token ids (T,) of a problem as text; adds no EOS. ValueError: a space, or a character without a token."""
+    for at, c in enumerate(text):
+        if c == " ":
+            raise ValueError(f"space at position {at}: numbers must be written without spaces")
+        if c not in CHARS:
+            raise ValueError(f"character {c!r} at position {at} has no token; there are 0-9 + - x = and labels")
+    return torch.tensor([CHARS[c] for c in text], dtype=torch.long)
+
+
+def decode(ids) -> str:
+    """The text of a sequence of ids up to EOS, without PAD."""
+    ids = [int(i) for i in ids]
+    ids = ids[: ids.index(EOS)] if EOS in ids else ids
+    return "".join(TEXT.get(i, "?") for i in ids if i != PAD)
+
+
+def format_example(op: str, a: int | str, b: int | str) -> str:
+    """A problem and its answer, each number reversed, without EOS: ("+", 97, 8) -> "79+8=501". ValueError: the operator
+    is not + - x, or an operand is negative, no number, or has leading zeros."""
+    fn = {"+": int.__add__, "-": int.__sub__, "x": int.__mul__}
+    if op not in fn:
+        raise ValueError(f"operator {op!r} is not one of + - x")
+    for s in (str(a), str(b)):
+        if not (s.isascii() and s.isdigit()) or (s[0] == "0" and len(s) > 1):
+            raise ValueError(f"operand {s!r} must be a number >= 0 in digits without leading zeros")
+    return f"{str(a)[::-1]}{op}{str(b)[::-1]}={str(fn[op](int(a), int(b)))[::-1]}"
+
+
+class Batch(NamedTuple):
+    ids: Tensor  # (B, T) int64, right-padded
+    targets: Tensor  # (B, T - 1): the next token where it belongs to the answer, else -100
+    lengths: Tensor  # (B, 2): digits of a and b; elements and most digits for sort
+
+
+def answer_targets(ids: Tensor) -> Tensor:
+    """Next-token targets after "=", EOS included: ids (B, T) -> (B, T - 1). ValueError: not one "=" in a row."""
+    _check_ids(ids)
+    count = (ids == EQUALS).sum(dim=1)
+    for row in (count != 1).nonzero().flatten().tolist():
+        raise ValueError(f"row {row} has {int(count[row])} '=' tokens, expected 1")
+    return _targets(ids)
+
+
+def _targets(ids: Tensor) -> Tensor:
+    after = (ids == EQUALS).cumsum(dim=1)[:, :-1] > 0  # (B, T - 1)
+    return ids[:, 1:].long().masked_fill(~after | (ids[:, 1:] == PAD), -100)
+
+
+def _pack(pieces: list[tuple[Tensor | int, Tensor | int]], batch: int, width: int, device) -> Tensor:
+    """Rows of pieces set end to end, (B, width) or as wide as needed. A piece: tokens (B, w) or one id, and how many of
+    them count, (B,) or a number."""
+    tokens, kept = [], []
+    for t, n in pieces:
+        t = torch.full((batch, 1), t, device=device) if isinstance(t, int) else t
+        n = n if isinstance(n, Tensor) else torch.full((batch,), n, device=device)
+        tokens.append(t)
+        kept.append(torch.arange(t.shape[1], device=device) < n[:, None])
+    tokens, kept = torch.cat(tokens, dim=1), torch.cat(kept, dim=1)  # (B, all)
+    place = kept.cumsum(dim=1) - 1
+    width = width or (int(place.max()) + 1 if batch else 0)
+    rows = torch.full((batch, width + 1), PAD, dtype=torch.long, device=device)  # the last column takes what is left out
+    return rows.scatter_(1, torch.where(kept, place, width), tokens)[:, :-1]
+
+
+def _number(length: Tensor, width: int, generator, device) -> Tensor:
+    """Digits of uniform numbers of exactly these lengths, least significant first, 0 beyond: (B,) -> (B, width)."""
+    low = torch.randint(10, (len(length), width), generator=generator, device=_home(generator)).to(device)
+    top = torch.randint(1, 10, (len(length), 1), generator=generator, device=_home(generator)).to(device)
+    c = torch.arange(width, device=device)
+    return torch.where(c == length[:, None] - 1, top, low) * (c < length[:, None])
+
+
+def _home(generator) -> torch.device:
+    return generator.device if generator else torch.device("cpu")
+
+
+def _newest(mask: Tensor) -> Tensor:
+    """For each column the newest lower column where mask holds, -1: none. (B, W) -> (B, W)."""
+    c = torch.arange(mask.shape[1], device=mask.device)
+    return F.pad(torch.where(mask, c, -1).cummax(dim=1).values, (1, 0), value=-1)[:, :-1]
+
+
+def _length(digits: Tensor) -> Tensor:
+    """Digits of each number without leading zeros, at least 1: (B, W) -> (B,)."""
+    c = torch.arange(digits.shape[1], device=digits.device)
+    return torch.where(digits != 0, c, 0).max(dim=1).values + 1
+
+
+def _carry(decides: Tensor, yes: Tensor) -> Tensor:
+    """1 where a column receives a carry: the newest lower column that decides says yes. All (B, W)."""
+    at = _newest(decides)
+    return ((at >= 0) & yes.gather(1, at.clamp(min=0))).long()
+
+
+def _add(i, j, generator, device):
+    W = int(max(i.max(), j.max())) + 1 if len(i) else 1
+    i, j = i.to(device), j.to(device)
+    a, b = _number(i, W, generator, device), _number(j, W, generator, device)
+    s = a + b  # (B, W)
+    c = (s + _carry(s != 9, s >= 10)) % 10
+    return [(a + 4, i), (PLUS, 1), (b + 4, j), (EQUALS, 1), (c + 4, _length(c))]
+
+
+def _sub(i, j, generator, device):
+    W = int(max(i.max(), j.max())) if len(i) else 1
+    i, j = i.to(device), j.to(device)
+    a, b = _number(i, W, generator, device), _number(j, W, generator, device)
+    s = a - b  # (B, W)
+    negative = s.gather(1, (_length(s) - 1)[:, None]) < 0  # (B, 1): the highest column that differs
+    s = torch.where(negative, -s, s)
+    c = (s - _carry(s != 0, s < 0)) % 10
+    sign = torch.full_like(c[:, :1], MINUS)
+    return [(a + 4, i), (MINUS, 1), (b + 4, j), (EQUALS, 1), (c + 4, _length(c)), (sign, negative[:, 0].long())]
+
+
+def _mul(i, j, generator, device):
+    W = int(max(i.max(), j.max())) if len(i) else 1
+    i, j = i.to(device), j.to(device)
+    a, b = _number(i, W, generator, device), _number(j, W, generator, device)
+    s = torch.zeros(len(a), 2 * W, dtype=torch.long, device=device)
+    for c in range(W):
+        s[:, c : c + W] += a[:, c : c + 1] * b
+    carry = torch.zeros_like(s[:, 0])
+    for c in range(2 * W):
+        carry = s[:, c] + carry
+        s[:, c] = carry % 10
+        carry = carry // 10
+    return [(a + 4, i), (TIMES, 1), (b + 4, j), (EQUALS, 1), (s + 4, _length(s))]
+
+
+def _or(i, j, generator, device):
+    u = torch.rand(2, len(i), generator=generator, device=_home(generator)).to(device)
+    i, j = i.to(device), j.to(device)
+    short, long = torch.minimum(i, j), torch.maximum(i, j)
+    W = torch.arange(int(long.max()) if len(i) else 1, device=device)
+    hot = (W == (u[0] * short).long()[:, None]).long()  # (B, W): one 1, in the shorter operand
+    first = torch.where(i == j, u[1] < 0.5, i < j).long()[:, None]  # (B, 1): a is the hot one
+    return [(hot * first + 4, i), (PLUS, 1), (hot * (1 - first) + 4, j), (EQUALS, 1), (hot + 4, long)]
+
+
+def _sort(i, j, generator, device):
+    m, n, home = int(i.max()) if len(i) else 1, int(j.max()) if len(i) else 1, _home(generator)
+    if m > len(LABELS):
+        raise ValueError(f"{m} elements need as many labels, there are {len(LABELS)}")
+    u = torch.rand(len(i), m + 1, generator=generator, device=home).to(device)
+    i, j = i.to(device), j.to(device)
+    size = (u[:, 1:] * j[:, None]).long() + 1  # (B, m): digits of each element
+    value = _number(size.flatten(), n, generator, device).unflatten(0, (len(i), m))  # (B, m, n)
+    label = ((u[:, :1] * len(LABELS)).long() + torch.arange(m, device=device)) % len(LABELS) + LABEL  # (B, m)
+    order = torch.arange(m, device=device).expand(len(i), m)
+    for c in range(n):  # radix sort: stable, from the least significant digit
+        order = order.gather(1, value[..., c].gather(1, order).argsort(dim=1, stable=True))
+    absent = (order >= i[:, None]).long().argsort(dim=1, stable=True)  # elements beyond the row's own go last
+    order, pieces = order.gather(1, absent), []
+    for e in range(m):
+        there = (e < i).long()
+        pieces += [(COMMA, there * (e > 0)), (label[:, e : e + 1], there), (COLON, there)]
+        pieces += [(value[:, e] + 4, size[:, e] * there)]
+    pieces.append((EQUALS, 1))
+    for e in range(m):
+        there = (e < i).long()
+        pieces += [(COMMA, there * (e > 0)), (label.gather(1, order[:, e : e + 1]), there)]
+    return pieces
+
+
+MAKERS = {"add": _add, "sub": _sub, "mul": _mul, "or": _or, "sort": _sort}
+
+
+def example_width(task: str, i, j):
+    """Most tokens of an example of this cell, EOS included; i, j numbers or tensors."""
+    if task == "sort":
+        return 2 * i + i * (j + 1) + 2 * i
+    longest = (i + j + abs(i - j)) // 2
+    return i + j + 3 + {"add": longest + 1, "sub": longest + 1, "mul": i + j, "or": longest}[task]
+
+
+def _cells(batch: int, lengths, generator) -> Tensor:
+    """(B, 2) lengths, uniform over the cells that `lengths` names; on the CPU."""
+    if isinstance(lengths, int):
+        lengths = (1, lengths)
+    if len(lengths) and not isinstance(lengths[0], int):
+        cells = torch.tensor([tuple(c) for c in lengths])  # (cells, 2)
+    else:
+        lo, hi = lengths
+        cells = torch.tensor(list(product(range(lo, hi + 1), repeat=2))).reshape(-1, 2)
+    if not len(cells) or cells.min() < 1:
+        raise ValueError(f"lengths must be N >= 1, (least, most) or a list of (i, j), got {lengths}")
+    return cells[torch.randint(len(cells), (batch,), generator=generator, device=_home(generator)).cpu()]
+
+
+def make_batch(task: str, batch: int, lengths=20, device="cpu", generator: torch.Generator | None = None) -> Batch:
+    """Fresh problems with their answers and EOS. lengths: most digits, (least, most), or a list of cells (i, j) to
+    draw from. Equal generators give equal problems. ValueError: an unknown task or bad lengths."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; choose from {', '.join(TASKS)}")
+    return _fill(task, _cells(batch, lengths, generator), generator, device)
+
+
+def _fill(task: str, cells: Tensor, generator, device, width: int = 0) -> Batch:
+    pieces = MAKERS[task](cells[:, 0], cells[:, 1], generator, torch.device(device))
+    ids = _pack([*pieces, (EOS, 1)], len(cells), width, device)
+    return Batch(ids, _targets(ids), cells)
+
+
+# ---- exact match in one pass
+
+
+@contextlib.contextmanager
+def _evaluating(model):
+    was = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(was)
+
+
+def score(model, ids: Tensor, targets: Tensor) -> Tensor:
+    """(B, 3) bool: all answer tokens right; the first; all others. One pass over the reference answers.
+
+    Greedy decoding equals the reference exactly if each token is the argmax given the reference before it.
+    """
+    right = (model(ids[:, :-1]).argmax(dim=-1) == targets) | (targets == -100)  # (B, T - 1)
+    asked = (targets != -100).cumsum(dim=1)
+    return torch.stack([right.all(1), (right | (asked != 1)).all(1), (right | (asked == 1)).all(1)], dim=1)
+
+
+@torch.no_grad()
+def generate(model, prompt_ids: Tensor, max_new: int, eos: int = EOS) -> Tensor:
+    """Greedy continuation, token by token: prompt_ids (B, T) or (T,) -> the new tokens alone, (B, up to max_new), PAD
+    after eos. The prompts of a batch must have one length."""
+    ids = prompt_ids[None] if prompt_ids.ndim == 1 else prompt_ids
+    T, done = ids.shape[1], torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    with _evaluating(model):
+        for _ in range(max_new):
+            new = model(ids)[:, -1].argmax(dim=-1).masked_fill(done, PAD)  # (B,)
+            ids, done = torch.cat([ids, new[:, None]], dim=1), done | (new == eos)
+            if done.all():
+                break
+    return ids[0, T:] if prompt_ids.ndim == 1 else ids[:, T:]
+
+
+def problems(task: str, i: int, j: int, n: int, seed: int = 0) -> Batch:
+    """The n problems of a cell: a function of these numbers alone, apart from all training data."""
+    cells = torch.tensor([[i, j]]).expand(n, 2)
+    return _fill(task, cells, cluster.generator(seed, 2, TASKS.index(task), i, j), "cpu")
+
+
+def exact_match(model, i: int, j: int, n: int = 200, task: str = "add", seed: int = 0) -> float:
+    """Share of n fresh problems of i and j digits whose whole answer and EOS are right."""
+    return evaluate_cells(model, [(i, j)], n, task, seed)[0, 0].item()
+
+
+def evaluate_cells(model, cells: list, n: int, task: str = "add", seed: int = 0, what: str = "") -> Tensor:
+    """Accuracy of n problems of each cell (i, j): (cells, 3) float64, columns as in score. Collective: the ranks share
+    the work, in pieces that do not depend on their number. what: names a progress bar."""
+    device = next(model.parameters()).device
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    width = {c: example_width(task, *c) for c in cells}
+    order, parts, room = sorted(range(len(cells)), key=lambda c: width[cells[c]]), [], 2**20 if device.type == "cuda" else 2**14
+    for c in order:  # cells of like width together, up to `room` tokens
+        if not parts or (len(parts[-1]) + 1) * n * width[cells[c]] > room:
+            parts.append([])
+        parts[-1].append(c)
+    found = torch.zeros(len(cells), 3, dtype=torch.float64)
+    mine = parts[rank::size]
+    w = cluster.World(rank, size, device)
+    with _evaluating(model):
+        for part in report.progress(mine, what, w) if what else mine:
+            made = [problems(task, *cells[c], n, seed).ids for c in part]
+            wide = max(x.shape[1] for x in made)
+            ids = torch.cat([F.pad(x, (0, wide - x.shape[1]), value=PAD) for x in made]).to(device)
+            right = score(model, ids, _targets(ids))  # (cells in the part * n, 3)
+            found[part] = right.double().unflatten(0, (len(part), n)).mean(dim=1).cpu()
+    return cluster.total(found.to(device)).cpu() if size > 1 else found
+
+
+def evaluate_grid(model, sizes_a, sizes_b, n: int = 100, task: str = "add", seed: int = 0, what: str = "") -> Tensor:
+    """Exact match over operand lengths: (len(sizes_a), len(sizes_b)) float64. Collective."""
+    cells = list(product(sizes_a, sizes_b))
+    return evaluate_cells(model, cells, n, task, seed, what)[:, 0].reshape(len(sizes_a), len(sizes_b))
+
+
+# ---- training
+
+# settings that change the numbers of a run; a checkpoint goes on only under the same ones
+FIXED = (
+    "task", "digits", "short", "pos", "max_offset", "offset_per", "grow", "max_positions", "d_model", "n_layer", "recurrences",
+    "n_head", "ff", "norm", "injection", "logit_scale", "state_init", "steps", "batch", "buckets", "lr", "warmup",
+    "cooldown", "beta2", "weight_decay", "clip", "loss", "alpha", "seed", "dtype",
+)  # fmt: skip
+
+
+class Objective(nn.Module):
+    """The summed loss as a module, so that DDP sees one forward pass per bucket whatever the depths."""
+
+    def __init__(self, model: ArithmeticTransformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, targets: Tensor, offset, depths) -> Tensor:
+        return _summed(self.model, ids, targets, offset, depths)
+
+
+class Trainer:
+    """One run: model, AdamW, and a step over buckets whose loss is normalised over all of them and all ranks."""
+
+    def __init__(self, cfg: Config, w: cluster.World, state: dict | None = None):
+        self.cfg, self.w, self.step = cfg, w, 0
+        if cfg.batch % (w.size * cfg.buckets):
+            raise BadInput(f"--batch {cfg.batch} does not divide over {w.size} processes x --buckets {cfg.buckets}")
+        self.model = ArithmeticTransformer(cfg).to(w.device)
+        matrices = [p for n, p in self.model.named_parameters() if p.ndim > 1 and p.requires_grad]
+        rest = [p for p in self.model.parameters() if p.ndim < 2 and p.requires_grad]
+        groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)
+        if state:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+        if cfg.compile:
+            for layer in self.model.layers:
+                layer.compile()
+        shallow = cfg.loss == "prog" and cfg.injection in ("none", "first")  # then e may get no gradient
+        self.ddp = DistributedDataParallel(Objective(self.model), find_unused_parameters=shallow)
+
+    def state(self) -> dict:
+        setting = {name: getattr(self.cfg, name) for name in FIXED}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
+                "setting": setting}  # fmt: skip
+
+    def batches(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """The step's buckets, each (ids, targets, offsets), shortest first: a function of seed and step alone.
+
+        All lengths of the batch are drawn first and then sorted, so every cell (i, j) stays equally likely.
+        """
+        cfg, g = self.cfg, cluster.generator(self.cfg.seed, 3, self.step)
+        grown = lambda over, most: 1 + int(min(1, self.step / over) * (most - 1)) if over else most
+        cells = _cells(cfg.batch, grown(cfg.short, cfg.digits), g)
+        width = example_width(cfg.task, cells[:, 0], cells[:, 1])
+        order, unit = width.argsort(stable=True), 8 if self.w.device.type == "cuda" else 1
+        offset = None
+        if hasattr(self.model, "abacus"):
+            offset = self.model.abacus.draw(cfg.batch, g, grown(cfg.grow, cfg.max_offset))
+        parts = []
+        for k, part in enumerate(order.chunk(cfg.buckets)):
+            wide = -(-int(width[part].max()) // unit) * unit
+            b = _fill(cfg.task, cells[part], g, self.w.device, wide)
+            mine = offset[k * len(part) : (k + 1) * len(part)] if offset is not None and offset.ndim else offset
+            parts.append((b.ids, b.targets, mine))
+        return parts
+
+    def advance(self, log: bool) -> dict:
+        """One optimizer step; with `log` its loss (a collective more)."""
+        cfg, w = self.cfg, self.w
+        parts = self.batches()
+        count = sum((targets != -100).sum() for _, targets, _ in parts)  # over all ranks: each made the whole batch
+        depths = [(0, cfg.recurrences, 1.0)]
+        if cfg.loss == "prog":
+            depths = _depths(cfg.recurrences, cfg.alpha, cluster.generator(cfg.seed, 4, self.step))
+        total = torch.zeros((), device=w.device)
+        for k, (ids, targets, offset) in enumerate(parts):
+            mine = slice(w.rank, None, w.size)
+            offset = offset[mine] if offset is not None and offset.ndim else offset
+            self.ddp.require_backward_grad_sync = k == len(parts) - 1
+            with torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+                loss = self.ddp(ids[mine], targets[mine], offset, depths)
+            (loss * w.size / count).backward()  # DDP averages over the ranks
+            total += loss.detach()
+        falling = (cfg.steps - self.step) / max(1, cfg.cooldown * cfg.steps)
+        lr = cfg.lr * min(1, (self.step + 1) / max(1, cfg.warmup), falling)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if not log:
+            return {}
+        return {"loss": float(cluster.total(total) / count), "lr": lr, "grad_norm": float(norm)}
