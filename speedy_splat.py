@@ -677,7 +677,7 @@ def prune(model: GaussianModel, optimizer: torch.optim.Optimizer | None, scores:
     return int((~keep).sum())
 
 
-# ---- 3D-GS: loss, densification, schedule
+# ---- the experiment: loss, densification and schedule of 3D-GS
 
 
 def _blur(x: Tensor) -> Tensor:
@@ -787,7 +787,7 @@ def reset_opacity(model: GaussianModel, optimizer) -> None:
             moment.zero_()
 
 
-# ---- data: what a scene is, and the ray-traced one
+# ---- the experiment: what a scene is, and the ray-traced one
 
 
 @dataclass
@@ -932,7 +932,7 @@ def procedural_scene(views: int = 100, size: int = 64, points: int = 2000, seed:
     return _dataset(cameras, [image for image, *_ in traced], start, rgb[pick], names, test, SKY)
 
 
-# ---- data: files
+# ---- the experiment: scene files
 
 
 class Bytes:
@@ -1356,7 +1356,7 @@ def load(cfg: Config, w: cluster.World) -> Dataset:
     return data
 
 
-# ---- training, on one process or many
+# ---- the experiment: training, on one process or many
 
 
 class _Exchange(torch.autograd.Function):
@@ -1835,13 +1835,11 @@ def draw_tiles(path: str, tile: int = 16) -> str:
     cells = {m: tile_pairs(*splat, n * tile, n * tile, tile, m)[0].tolist() for m in TILES}
 
     def draw(figure, axes) -> None:
-        from matplotlib.patches import Rectangle
-
         for ax, (mode, ids) in zip(axes, cells.items(), strict=True):
             ax.imshow(alpha.numpy(), cmap="Blues", vmin=0, vmax=o)
             for i in ids:
-                at = (i % n * tile - 0.5, i // n * tile - 0.5)
-                ax.add_patch(Rectangle(at, tile, tile, facecolor="#f28e2b", alpha=0.4, edgecolor="none"))
+                left, top = i % n * tile - 0.5, i // n * tile - 0.5
+                ax.fill_between([left, left + tile], top, top + tile, facecolor="#f28e2b", alpha=0.4, edgecolor="none")
             ax.contour(alpha.numpy(), [ALPHA_MIN], colors="#b5122b", linewidths=1.4)
             lines = [k * tile - 0.5 for k in range(n + 1)]
             ax.set_xticks(lines, [])
