@@ -5,7 +5,6 @@ import functools
 import importlib
 import json
 import math
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -25,6 +24,112 @@ from common import dist as cluster
 from common.cli import BadInput, opt
 from common.text import Tokenizer, corpus
 from common.weights import _package, open_weights, rope_frequencies
+
+EXIT_NAMES = ("kl", "latent-diff", "entropy-diff", "argmax")
+
+
+@dataclass
+class Config:
+    mode: str = opt(
+        "demo", "what to do", ("demo", "train", "eval", "generate", "retrofit", "inspect", "bench"), positional=True
+    )
+    preset: str = opt("laptop", "defaults for a setting; flags win over it", ("laptop", "bytes", "gpu", "huginn-3.5b"))
+    # the task
+    task: str = opt("parity", "running parity of random bits, or next-token prediction of text", ("parity", "text"))
+    length: int = opt(32, "bits or tokens per row")
+    start_length: int = opt(32, "parity: rows begin this long and double when learned")
+    advance: float = opt(0.3, "parity: the loss at which rows double")
+    data: tuple = opt(("docs",), "text files, or docs or sources: Python's own")
+    # the model
+    d_model: int = opt(64, "width")
+    n_head: int = opt(2, "attention heads")
+    d_mlp: int = opt(192, "width of the MLP")
+    layers: tuple = opt((1, 1, 1), "layers of prelude, core, coda")
+    rope_base: float = opt(100.0, "base of the rotary angles")
+    # its training
+    r_bar: int = opt(8, "mean recurrence")
+    k: int = opt(8, "iterations that carry gradient, at most")
+    fixed_r: int = opt(0, "train at this depth always; 0 draws it")
+    ramp: float = opt(0.0, "share of the run over which r_bar rises from 1")
+    steps: int = opt(840, "optimizer steps")
+    batch: int = opt(32, "rows per step, over all processes and micro-steps")
+    accum: int = opt(1, "micro-steps per step, each with its own depth")
+    optimizer: str = opt("adamw", "update rule; atan is the paper's", ("adamw", "atan"))
+    lr: float = opt(1.5e-3, "peak learning rate")
+    warmup: int = opt(50, "steps of linear warm-up")
+    flat: float = opt(0.4, "share of the run at the peak, before a linear fall to 2 %")
+    beta2: float = opt(0.95, "decay of the second moment; the first has 0.9")
+    weight_decay: float = opt(0.0, "of matrices")
+    clip: float = opt(1.0, "largest gradient norm")
+    checkpointing: bool = opt(False, "recompute each iteration in the backward pass")
+    seed: int = opt(0, "of weights, data and initial states")
+    device: str = opt("auto", "where to run", ("auto", "cpu", "cuda"))
+    dtype: str = opt("float32", "of the matrix products", ("float32", "bfloat16"))
+    # files
+    out: str = opt("results/recurrent_depth", "folder of what the run writes, and of the run to resume")
+    resume: bool = opt(False, "train, retrofit: go on from the checkpoint in --out")
+    save_every: int = opt(100, "steps between checkpoints; 0 writes only the last")
+    log_every: int = opt(20, "steps between lines in metrics.jsonl")
+    # demo, eval, inspect
+    seeds: tuple = opt((0,), "demo: the runs, all of them shown")
+    rows: int = opt(256, "fresh rows per measurement")
+    num_steps: tuple = opt((1, 2, 3, 4, 6, 8, 12, 16, 32, 64), "depths measured; generate: the last one")
+    # generate, retrofit
+    model: str = opt("results/recurrent_depth/model", "a folder written by train; or smollm2, or a Llama's folder")
+    split: tuple = opt((6, 12, 6), "retrofit: layers of prelude, core, coda")
+    prompt: str = opt("The capital of France is", "generate: the text to continue")
+    new: int = opt(40, "generate: tokens")
+    exit: str = opt("none", "generate: when to stop iterating", ("none", *EXIT_NAMES))
+    max_entropy: float = opt(100.0, "generate: never exit where the prediction's entropy is above this, in nats")
+    draft: int = opt(0, "generate: iterations of self-speculative drafts; 0 is off")
+    budget: int = opt(0, "generate: iterations kept in the cache; 0 keeps all")
+    warm_start: bool = opt(False, "generate: start a token from the state of the one before")
+    temperature: float = opt(0.0, "generate: 0 is greedy")
+
+    def __post_init__(self):
+        for name in (
+            "length",
+            "start_length",
+            "d_model",
+            "n_head",
+            "steps",
+            "batch",
+            "accum",
+            "log_every",
+            "rows",
+            "k",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if len(self.layers) != 3 or len(self.split) != 3:
+            raise ValueError(f"--layers and --split take three numbers, got {self.layers} and {self.split}")
+        if self.start_length > self.length:
+            raise ValueError(f"--start-length {self.start_length} exceeds --length {self.length}")
+        if self.r_bar < 1 or min(self.num_steps) < 0 or self.new < 0:
+            raise ValueError(
+                f"--r-bar {self.r_bar} must be >= 1, --num-steps {self.num_steps} and --new {self.new} >= 0"
+            )
+
+
+PRESETS = {
+    "laptop": {},
+    "bytes": {
+        "task": "text", "data": ("sources",), "length": 128, "start_length": 128, "d_model": 96, "n_head": 3, "d_mlp": 256, "layers": (1, 2, 1),
+        "rope_base": 1000.0, "r_bar": 4, "k": 3, "steps": 240, "batch": 16, "lr": 2e-3,
+        "num_steps": (1, 2, 4, 8, 16, 32),
+    },
+    "gpu": {
+        "task": "text", "data": ("sources",), "length": 512, "start_length": 512, "d_model": 768, "n_head": 12, "d_mlp": 2048, "layers": (2, 4, 2),
+        "rope_base": 10000.0, "r_bar": 8, "k": 4, "steps": 2000, "batch": 64, "lr": 4e-4, "warmup": 200,
+        "dtype": "bfloat16", "num_steps": (1, 2, 4, 8, 16, 32),
+    },
+    "huginn-3.5b": {  # the paper's sizes and optimizer; bring your own text
+        "task": "text", "length": 4096, "start_length": 4096, "d_model": 5280, "n_head": 55, "d_mlp": 17920, "layers": (2, 4, 2), "rope_base": 50000.0,
+        "r_bar": 32, "steps": 47000, "batch": 4096, "optimizer": "atan", "lr": 4e-5, "warmup": 4096, "flat": 1.0,
+        "weight_decay": 4e-5, "dtype": "bfloat16", "checkpointing": True, "num_steps": (1, 4, 8, 16, 32, 64),
+    },
+}  # fmt: skip
+
 
 # ---- the method: how deep
 #
@@ -608,19 +713,16 @@ class ExitRule:
         """Does a value mean stop?"""
         return value < self.threshold
 
-    def fires(self, i: int, s: Tensor, logits: Tensor | None) -> Tensor:
-        """Rows (B,) that stop at iteration i with state s (B, T, C) and logits (B, T, V)."""
+    def positions(self, s: Tensor, logits: Tensor | None) -> Tensor:
+        """Positions (B, T) that may stop with state s (B, T, C) and logits (B, T, V)."""
         value = self.values(s, logits)  # (B, T)
-        sure = torch.ones_like(value, dtype=torch.bool)
-        if self.max_entropy < math.inf:
-            sure = _entropy(logits) < self.max_entropy
-        if self.over == "last":
-            stop = self.stops(value[:, -1]) & sure[:, -1]
-        elif self.over == "mean":
-            stop = self.stops(value.float().mean(dim=1)) & sure.all(dim=1)
-        else:
-            stop = (self.stops(value) & sure).all(dim=1)
-        return stop & (i >= self.min_steps)
+        value = value.float().mean(dim=1, keepdim=True).expand_as(value) if self.over == "mean" else value
+        return self.stops(value) & (_entropy(logits) < self.max_entropy if self.max_entropy < math.inf else True)
+
+    def fires(self, i: int, s: Tensor, logits: Tensor | None) -> Tensor:
+        """Rows (B,) that stop at iteration i."""
+        at = self.positions(s, logits)
+        return (at[:, -1] if self.over == "last" else at.all(dim=1)) & (i >= self.min_steps)
 
 
 class KLExit(ExitRule):
@@ -680,7 +782,7 @@ class ArgmaxStableExit(ExitRule):
         return value >= self.threshold
 
 
-EXITS = {"kl": KLExit, "latent-diff": LatentDiffExit, "entropy-diff": EntropyDiffExit, "argmax": ArgmaxStableExit}
+EXITS = dict(zip(EXIT_NAMES, (KLExit, LatentDiffExit, EntropyDiffExit, ArgmaxStableExit), strict=True))
 
 
 # ---- the method at inference: generation
@@ -973,3 +1075,725 @@ class AtanAdam(torch.optim.Optimizer):
                 update = torch.atan2(m, (v / (1 - b2**t)).sqrt()) * (lr / rho.clamp(min=1) / (1 - b1**t))
                 p.sub_(update.to(p.dtype))
         return loss
+
+
+# ---- the experiment: data
+
+
+class Parity:
+    """Running parity: after a start token 2, random bits; the label at each bit is the parity of all bits up to it.
+
+    Position t is its own level of difficulty: what an iteration adds is "combine with what an earlier position holds".
+    """
+
+    vocab, n_out = 3, 2
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.tokenizer = cfg, None
+
+    def batch(self, micro: int, length: int, rows: int) -> tuple[Tensor, Tensor]:
+        """ids and labels (rows, 1 + length) of a micro-step: a function of seed and step alone. -100: no loss."""
+        bits = torch.randint(2, (rows, length), generator=cluster.generator(self.cfg.seed, 3, micro))
+        return self.rows(bits)
+
+    @staticmethod
+    def rows(bits: Tensor) -> tuple[Tensor, Tensor]:
+        """bits (B, T) -> ids and labels (B, 1 + T)."""
+        start = torch.full((len(bits), 1), 2)
+        return torch.cat([start, bits], dim=1), torch.cat([start - 102, bits.cumsum(dim=1) % 2], dim=1)
+
+    def held_out(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """Fresh rows: the streams of training hold them only by a chance of 2^-length."""
+        return self.rows(torch.randint(2, (rows, length), generator=cluster.generator(self.cfg.seed, 9, length)))
+
+
+class Text:
+    """Text as rows of `length` + 1 ids, bytes unless a tokenizer is given; the last 5 % are held out."""
+
+    def __init__(self, cfg: Config, tokenizer=None):
+        text = corpus(cfg.data)
+        self.cfg, self.tokenizer, self.vocab, self.n_out = cfg, tokenizer, 256, 0
+        ids = Tokenizer([]).encode(text) if tokenizer is None else torch.tensor(tokenizer.encode(text).ids)
+        if tokenizer is not None:
+            self.vocab = tokenizer.get_vocab_size()
+        cut = int(0.95 * len(ids))
+        self.train, self.held = ids[:cut], ids[cut:]
+        if len(self.held) <= cfg.length:
+            raise BadInput(f"the text has {len(ids)} tokens, --length {cfg.length} needs {21 * cfg.length}. Add text.")
+
+    def batch(self, micro: int, length: int, rows: int) -> tuple[Tensor, Tensor]:
+        """ids and labels (rows, length) at random places of the training text."""
+        return self._cut(self.train, length, rows, cluster.generator(self.cfg.seed, 3, micro))
+
+    def held_out(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
+        """The same of the held-out text."""
+        return self._cut(self.held, length, rows, cluster.generator(self.cfg.seed, 9, length))
+
+    @staticmethod
+    def _cut(ids: Tensor, length: int, rows: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        first = torch.randint(len(ids) - length, (rows, 1), generator=g)
+        cut = ids[first + torch.arange(length + 1)]  # (rows, length + 1)
+        return cut[:, :-1], cut[:, 1:]
+
+
+def shape_of(cfg: Config, data) -> RecurrentConfig:
+    """The model that the flags describe, for the vocabulary of `data`."""
+    p, R, c = cfg.layers
+    return RecurrentConfig(
+        n_embd=cfg.d_model, num_attention_heads=cfg.n_head, intermediate_size=cfg.d_mlp, n_layers_in_prelude=p,
+        n_layers_in_recurrent_block=R, n_layers_in_coda=c, mean_recurrence=cfg.r_bar, mean_backprop_depth=cfg.k,
+        vocab_size=data.vocab, n_out=data.n_out, block_size=max(1024, cfg.length), rope_base=cfg.rope_base,
+        tie_embeddings=not data.n_out,
+    )  # fmt: skip
+
+
+# ---- the experiment: training
+
+# settings that change the numbers of a run; a checkpoint goes on only under the same ones
+FIXED = (
+    "task", "length", "start_length", "advance", "data", "d_model", "n_head", "d_mlp", "layers", "rope_base", "r_bar", "k",
+    "fixed_r", "ramp", "steps", "batch", "accum", "optimizer", "lr", "warmup", "flat", "beta2", "weight_decay", "clip",
+    "seed", "dtype",
+)  # fmt: skip
+
+
+def correlation(s: Tensor) -> Tensor:
+    """Mean cosine between the states of two positions of a row, s (B, T, C) -> 0-d; 1 is hidden-state collapse."""
+    T = s.shape[1]
+    u = F.normalize(s.detach().float(), dim=-1).sum(dim=1)  # (B, C)
+    return ((u.square().sum(-1) - T) / max(1, T * (T - 1))).mean()
+
+
+def residual(out: Output) -> Tensor:
+    """|s_r - s_{r-1}| / |s_r|, mean over positions, 0-d."""
+    return ((out.state - out.before).norm(dim=-1) / out.state.norm(dim=-1)).mean().detach()
+
+
+class Trainer:
+    """Model, optimizer and a step whose rows, initial states and depth do not depend on the number of ranks."""
+
+    def __init__(self, cfg: Config, data, w: cluster.World, state: dict | None = None, model=None):
+        self.cfg, self.data, self.w = cfg, data, w
+        if cfg.batch % (w.size * cfg.accum):
+            raise BadInput(f"--batch {cfg.batch} does not divide over {w.size} processes x --accum {cfg.accum}")
+        self.model = (model or RecurrentDepthLM(shape_of(cfg, data), cfg.seed)).to(w.device).train()
+        self.model.checkpointing = cfg.checkpointing
+        decay, rest = ([p for p in self.model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
+        groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        kind = torch.optim.AdamW if cfg.optimizer == "adamw" else AtanAdam  # norms and biases (1-D) do not decay
+        self.optimizer = kind(groups, lr=cfg.lr, betas=(0.9, cfg.beta2))
+        self.step = self.skipped = self.in_a_row = 0
+        self.length = cfg.start_length
+        if state:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.length, self.skipped, self.in_a_row = state["counts"]
+        self._same_depths()
+        self.ddp = DistributedDataParallel(self.model)
+
+    def _same_depths(self) -> None:
+        """RuntimeError: the ranks would run different depths and wait for each other, or for ever."""
+        mine = torch.tensor(self.depth(0), device=self.w.device)
+        every = [torch.empty_like(mine) for _ in range(self.w.size)]
+        dist.all_gather(every, mine)
+        if any(not torch.equal(mine, other) for other in every):
+            raise RuntimeError(f"ranks draw different depths {[tuple(x.tolist()) for x in every]}: is torch the same?")
+
+    def depth(self, micro: int) -> tuple[int, int]:
+        """(n, k) of a micro-step."""
+        cfg = self.cfg
+        if cfg.fixed_r:
+            return max(cfg.fixed_r - cfg.k, 0), min(cfg.fixed_r, cfg.k)
+        mean = mean_schedule(micro, cfg.steps * cfg.accum, cfg.r_bar, cfg.ramp) if cfg.ramp else cfg.r_bar
+        return sample_steps(micro + 1, mean, cfg.k)
+
+    def state(self) -> dict:
+        setting = {name: getattr(self.cfg, name) for name in FIXED}
+        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "setting": setting}
+        return {**parts, "counts": [self.step, self.length, self.skipped, self.in_a_row]}
+
+    def micro_loss(self, micro: int) -> Output:
+        """Forward pass of this rank's rows of a micro-step."""
+        cfg, w = self.cfg, self.w
+        rows = cfg.batch // cfg.accum
+        ids, labels = self.data.batch(micro, self.length, rows)  # (rows, T)
+        mine = range(w.rank, rows, w.size)
+        e = torch.empty(1, ids.shape[1], self.model.cfg.n_embd)
+        s0 = torch.cat([self.model.init_state(e, generator=cluster.generator(cfg.seed, 4, micro, i)) for i in mine])
+        ids, labels, s0 = (
+            x[w.rank :: w.size].to(w.device) if x is not s0 else x.to(w.device) for x in (ids, labels, s0)
+        )
+        with torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
+            return self.ddp(ids, self.depth(micro), s0, labels)
+
+    def advance(self, log: bool) -> dict:
+        """One optimizer step; with `log`, what it measured."""
+        cfg, w = self.cfg, self.w
+        losses = []
+        for j in range(cfg.accum):
+            self.ddp.require_backward_grad_sync = j == cfg.accum - 1
+            out = self.micro_loss(self.step * cfg.accum + j)
+            (out.loss / cfg.accum).backward()
+            losses.append(out.loss.detach())
+        loss = (cluster.total(torch.stack(losses).mean()) / w.size).item()
+        done = self.step / cfg.steps
+        fall = 1.0 if done < cfg.flat else 1 - 0.98 * (done - cfg.flat) / (1 - cfg.flat)
+        for group in self.optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1, (self.step + 1) / max(1, cfg.warmup)) * fall
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip)
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+            self.in_a_row = 0
+        else:
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            if self.in_a_row == 20:
+                raise BadInput(f"the loss was not finite in 20 steps in a row, up to step {self.step + 1}. Lower --lr.")
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        line = {}
+        if log:
+            n, k = self.depth(self.step * cfg.accum - 1)
+            line = {"loss": loss, "grad_norm": float(norm), "n": n, "k": k, "length": self.length}
+            line |= {"correlation": float(correlation(out.state)), "residual": float(residual(out))}
+            line |= {"skipped": self.skipped} if self.skipped else {}
+        if loss < cfg.advance:
+            self.length = min(2 * self.length, cfg.length)
+        return line
+
+    def run(self, log: report.Run, what: str, path: str = "") -> "Trainer":
+        """Train to the end, logging as `what`; checkpoints go to `path` if given, also when SIGTERM asks to stop."""
+        cfg, saved = self.cfg, -1
+        bar = report.progress(None, what, self.w, cfg.steps, self.step)
+        listen = cluster.stop_signal(self.w.device) if path else contextlib.nullcontext(bool)  # bool() is False
+        with listen as stopping, bar:
+            while self.step < cfg.steps:
+                if line := self.advance((self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.steps):
+                    log.log(run=what, step=self.step, **line)
+                    bar.set_postfix_str(f"loss {line['loss']:.3f}")
+                bar.update()
+                stop = stopping()
+                if path and (stop or (cfg.save_every and self.step % cfg.save_every == 0) or self.step == cfg.steps):
+                    saved = self.step
+                    if self.w.main:
+                        cluster.save(path, self.state())
+                if stop:
+                    self.w.print(f"stopped by SIGTERM after step {self.step}; go on with --resume")
+                    raise SystemExit(0)
+        self.model.eval()
+        return self
+
+
+# ---- the experiment: what depth does
+
+
+@torch.no_grad()
+def unroll(model: RecurrentDepthLM, ids: Tensor, r_max: int, s0: Tensor | None = None, seed: int = 0):
+    """Yield (r, s_r) for r = 0..r_max, from s0 or from noise of `seed`."""
+    e = model.embed(ids)
+    s = model.init_state(e, generator=cluster.generator(seed, 5)) if s0 is None else s0
+    at = model.place(ids.shape[1])
+    for r in range(r_max + 1):
+        yield r, s
+        s = model.iterate(s, e, at)
+
+
+@torch.no_grad()
+def by_depth(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, depths, seed: int = 0) -> tuple[dict, dict]:
+    """At each depth the accuracy by position, (T,), and the mean loss: {r: tensor}, {r: float}."""
+    right, loss = {}, {}
+    for r, s in unroll(model, ids, max(depths), seed=seed):
+        if r in depths:
+            logits = model.decode(s)
+            right[r] = (logits.argmax(-1) == labels).float().mean(dim=0)[(labels >= 0).all(dim=0)].cpu()
+            loss[r] = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).item()
+    return right, loss
+
+
+RULES = {  # of the exit table: sequences leave when all positions agree, or positions one by one
+    "KL, whole sequence": lambda: KLExit(over="max"),
+    "state, whole sequence": lambda: LatentDiffExit(over="max"),
+    "KL, per token": lambda: KLExit(),
+    "KL and entropy < 0.1, per token": lambda: KLExit(max_entropy=0.1),
+}
+
+
+@torch.no_grad()
+def exits(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, r_max: int = 32, seed: int = 0) -> dict:
+    """For each of RULES the mean iterations and the accuracy with them: {name: (steps, accuracy, steps by position)}."""
+    rules, found = {name: make() for name, make in RULES.items()}, {}
+    for r, s in unroll(model, ids, r_max, seed=seed):
+        if r == 0:
+            for rule in rules.values():
+                rule.start(s)
+            continue
+        logits = model.decode(s)
+        best = logits.argmax(-1)  # (B, T)
+        for name, rule in rules.items():
+            go = rule.positions(s, logits)  # (B, T)
+            go = go.all(dim=1, keepdim=True).expand_as(go) if rule.over == "max" else go
+            step, answer = found.setdefault(name, (torch.full_like(best, 0), best.clone()))
+            now = (step == 0) & (go | (r == r_max))
+            step[now], answer[now] = r, best[now]
+    seen = (labels >= 0).all(dim=0)
+    shown = lambda step, answer: (step[:, seen].float(), (answer == labels)[:, seen].float())
+    return {n: (s.mean().item(), a.mean().item(), s.mean(dim=0).cpu()) for n, (s, a) in
+            ((n, shown(*f)) for n, f in found.items())}  # fmt: skip
+
+
+@torch.no_grad()
+def path_independence(model: RecurrentDepthLM, ids: Tensor, depths, seed: int = 0) -> dict[int, float]:
+    """Largest difference of logits between a start at noise and one at zero, by depth."""
+    noise = unroll(model, ids, max(depths), seed=seed)
+    zero = unroll(model, ids, max(depths), torch.zeros(*ids.shape, model.cfg.n_embd, device=ids.device))
+    return {r: (model.decode(a) - model.decode(b)).abs().max().item()
+            for (r, a), (_, b) in zip(noise, zero, strict=True) if r in depths}  # fmt: skip
+
+
+QUARTERS = ("1st quarter", "2nd quarter", "3rd quarter", "4th quarter")
+
+
+def quarter_table(right: dict[int, Tensor]) -> str:
+    """Accuracy by depth: all positions, then each quarter of the row."""
+    parts = {"all positions": right} | {q: {r: a.chunk(4)[i] for r, a in right.items()} for i, q in enumerate(QUARTERS)}
+    rows = [[name, *(p[r].mean().item() for r in right)] for name, p in parts.items()]
+    return report.table(["accuracy at r =", *map(str, right)], rows)
+
+
+def demo(cfg: Config, w: cluster.World) -> None:
+    """Train a model per seed and one at fixed depth, then show what more iterations do to each."""
+    if cfg.task != "parity":
+        raise BadInput("the demo is about parity. For text: python recurrent_depth.py train --preset bytes")
+    run, data, passed, shown = report.Run(cfg.out, cfg, w), Parity(cfg), [], None
+    T, depths = cfg.length, cfg.num_steps
+    need = {1, 4, 12, 64} - set(depths)
+    if need:
+        raise BadInput(f"the demo needs the depths 1 4 12 64 among --num-steps, {sorted(need)} are missing")
+    ids, labels = (x.to(w.device) for x in data.held_out(cfg.rows, T))
+    for seed in cfg.seeds:
+        start = time.perf_counter()
+        model = Trainer(replace(cfg, seed=seed), data, w).run(run, f"seed {seed}").model
+        right, _ = by_depth(model, ids, labels, depths)
+        acc = {r: a.mean().item() for r, a in right.items()}
+        ok = acc[12] >= 0.98 and acc[4] - acc[1] >= 0.12 and acc[64] >= acc[12] - 0.01
+        passed.append(ok)
+        run.log(seed=seed, passed=ok, **{f"acc_{r}": a for r, a in acc.items()})
+        w.print(
+            f"seed {seed}: {'passes' if ok else 'FAILS'}, accuracy "
+            + ", ".join(f"r={r} {a:.3f}" for r, a in acc.items())
+            + f" ({time.perf_counter() - start:.0f} s)"
+        )
+        if shown is None or (ok and not passed[shown[0]]):
+            shown = len(passed) - 1, model, right, acc  # the first that passes is measured further
+    fixed = replace(cfg, seed=cfg.seeds[0], fixed_r=1)
+    control, _ = by_depth(Trainer(fixed, data, w).run(run, "control").model, ids, labels, depths)
+    flat = {r: a.mean().item() for r, a in control.items()}
+    which, model, right, acc = shown
+    w.print(f"\nlooped model, seed {cfg.seeds[which]}, {cfg.rows} fresh rows of {T} bits\n" + quarter_table(right))
+    w.print("\ncontrol: the same parameters trained at r = 1 alone\n" + quarter_table(control))
+    longer = {
+        L: by_depth(model, *(x.to(w.device) for x in data.held_out(cfg.rows, L)), depths)[0]
+        for L in (3 * T // 2, 2 * T)
+    }
+    w.print(
+        f"\nrows longer than in training ({T} bits)\n"
+        + report.table(
+            ["accuracy at r =", *map(str, depths)],
+            [[f"{L} bits", *(a.mean().item() for a in v.values())] for L, v in longer.items()],
+        )
+    )
+    lengths = [T * i // 4 for i in (1, 2, 3, 4)]
+    left = {L: exits(model, *(x.to(w.device) for x in data.held_out(cfg.rows, L))) for L in lengths}
+    w.print(
+        "\nadaptive exit, at most 32 iterations: mean iterations (accuracy)\n"
+        + report.table(
+            ["rule", *(f"{L} bits" for L in lengths)],
+            [[name, *(f"{left[L][name][0]:.1f} ({left[L][name][1]:.3f})" for L in lengths)] for name in RULES],
+        )
+    )
+    gap = path_independence(model, ids, (1, 4, 8, 16, 32, 64))
+    w.print(
+        "\npath independence, largest difference of logits from noise and from zero\n"
+        + report.table(["r =", *map(str, gap)], [["logits", *gap.values()]])
+    )
+    use(cfg, w, model, ids)
+    whole = [left[L]["KL, whole sequence"] for L in lengths]
+    grows = all(a[0] < b[0] for a, b in zip(whole, whole[1:])) and min(a[1] for a in whole) >= 0.98
+    run.log(
+        control={r: round(a, 4) for r, a in flat.items()},
+        exits={L: v["KL, whole sequence"][0] for L, v in left.items()},
+        paths=gap,
+    )
+    if w.main:
+        draw_it = functools.partial(draw, right, control, {L: left[L] for L in lengths})
+        w.print("\n" + report.picture(f"{cfg.out}/recurrent_depth.png", draw_it, ncols=3, figsize=(15, 4)))
+    spread = max(flat.values()) - min(flat.values())
+    run.claim(
+        "one set of weights, and accuracy rises with the iterations used at test time, then stays",
+        "ARC-C 24.1 at r = 1, 22.9 at 4, 38.2 at 32 (Huginn-3.5B)",
+        f"parity of {T} bits: accuracy {acc[1]:.3f} at r = 1, {acc[4]:.3f} at 4, {acc[12]:.3f} at 12, {acc[64]:.3f} at 64; "
+        f"{sum(passed)} of {len(passed)} seeds pass; control {min(flat.values()):.3f} to {max(flat.values()):.3f}; exit by KL after "
+        f"{whole[0][0]:.1f} to {whole[-1][0]:.1f} iterations at accuracy >= {min(a[1] for a in whole):.3f}",
+        2 * sum(passed) > len(passed) and passed[which] and spread <= 0.03 and grows,
+        f"{sum(p.numel() for p in model.parameters())} parameters, {cfg.steps} steps, seeds {cfg.seeds}, {w.device.type}",
+    )
+
+
+def use(cfg: Config, w: cluster.World, model: RecurrentDepthLM, ids: Tensor, new: int = 16, r: int = 24) -> None:
+    """Continue rows by every way of generation and compare with plain greedy decoding without a cache."""
+    prompts, rows = ids[:8, : ids.shape[1] // 2], []
+    T = prompts.shape[1]
+
+    def plain(p: Tensor) -> Tensor:
+        for _ in range(new):
+            s0 = model.init_state(model.embed(p), 0)
+            p = torch.cat([p, model(p, r, s0).logits[:, -1:].argmax(-1)], dim=1)
+        return p
+
+    want = torch.cat([plain(p[None]) for p in prompts])
+    ways = {
+        "cache": lambda p: generate(model, p, new, r, init_scale=0),
+        "cache of 4 iterations": lambda p: generate(model, p, new, r, cache=RecurrentCache(4), init_scale=0),
+        "exit by KL and entropy": lambda p: generate(model, p, new, r, exit=KLExit(max_entropy=0.1), init_scale=0),
+        "the same, warm start": lambda p: generate(model, p, new, r, exit=KLExit(max_entropy=0.1), warm_start=True, init_scale=0),
+        "speculative, drafts of 4": lambda p: generate(model, p, new, r, draft_steps=4, init_scale=0),
+        "diffusion forcing": lambda p: diffusion_forcing(model, p, new, init_scale=0),
+    }  # fmt: skip
+    with torch.no_grad():
+        for name, way in ways.items():
+            start, same, iterations = time.process_time(), 0.0, 0.0
+            for p, ref in zip(prompts, want, strict=True):
+                out, stats = way(p[None])
+                same += (out[0, T:] == ref[T:]).float().mean().item() / len(prompts)
+                steps = stats["iterations"]
+                if name.startswith("spec"):
+                    steps = [r] + [r + 4 * 4] * len(stats["accepted"])  # checks and drafts
+                iterations += (steps if isinstance(steps, int) else sum(steps)) / new / len(prompts)
+            rows.append(
+                [name, same, f"{iterations:.1f}", f"{(time.process_time() - start) / len(prompts) / new * 1e3:.1f}"]
+            )
+    w.print(
+        f"\n{len(prompts)} prompts of {T - 1} bits continued by {new} tokens, at most {r} iterations, against plain greedy decoding"
+    )
+    w.print(report.table(["way", "same tokens", "sequential iterations per token", "CPU ms per token"], rows))
+
+
+def draw(right: dict, control: dict, left: dict, figure, axes) -> None:
+    """Accuracy over position and depth, its mean beside the control's, and when each position leaves."""
+    heat, mean, out = axes
+    depths = list(right)
+    image = heat.imshow(torch.stack([right[r] for r in depths]), aspect="auto", origin="lower", vmin=0.5, vmax=1)
+    heat.set_yticks(range(len(depths)), depths)
+    heat.set(xlabel="position", ylabel="iterations r", title="Accuracy")
+    figure.colorbar(image, ax=heat)
+    for name, acc in {"drawn r in training": right, "r = 1 in training": control}.items():
+        mean.plot(depths, [acc[r].mean() for r in depths], marker="o", label=name)
+    mean.set_xscale("log", base=2)
+    mean.set(xlabel="iterations r at test time", ylabel="accuracy, all positions", title="Depth is a dial")
+    mean.legend(frameon=False)
+    for L, found in left.items():
+        out.plot(range(1, L + 1), found["KL and entropy < 0.1, per token"][2], label=f"{L} bits, per token")
+        out.axhline(found["KL, whole sequence"][0], color=out.lines[-1].get_color(), ls=":", lw=1)
+    out.set(
+        xlabel="position", ylabel="iterations before exit", title="Exit: harder positions leave later (dotted: rows)"
+    )
+    out.legend(frameon=False)
+
+
+# ---- train, eval, generate, retrofit, inspect, bench
+
+
+def check_resume(state: dict, cfg: Config) -> None:
+    """BadInput: the checkpoint was trained with another setting."""
+    for name in FIXED:
+        was, now, flag = state["setting"][name], getattr(cfg, name), "--" + name.replace("_", "-")
+        if was != now:
+            raise BadInput(
+                f"the checkpoint was trained with {flag} {was}, this run asks for {flag} {now}. "
+                f"Pass the same value to resume, or another --out to start anew."
+            )
+
+
+def train(cfg: Config, w: cluster.World, data=None, model: RecurrentDepthLM | None = None) -> None:
+    """One run with checkpoints; ends with accuracy and loss by depth, and the weights in OUT/model."""
+    data = data or (Parity(cfg) if cfg.task == "parity" else Text(cfg))
+    path = f"{cfg.out}/checkpoint.pt"
+    state = cluster.load(path) if cfg.resume else None
+    if state:
+        check_resume(state, cfg)
+    elif w.main:
+        cluster.set_aside(path)
+    run = report.Run(cfg.out, cfg, w, state["counts"][0] if state else 0)
+    model = Trainer(cfg, data, w, state, model).run(run, "train", path).model
+    measure(cfg, w, model, data, run)
+    if w.main:
+        save_weights(model, f"{cfg.out}/model")
+        if data.tokenizer is not None:
+            data.tokenizer.save(f"{cfg.out}/model/tokenizer.json")
+        w.print(f"weights: {cfg.out}/model")
+
+
+def measure(cfg: Config, w: cluster.World, model: RecurrentDepthLM, data, run=None) -> None:
+    """Loss and accuracy on held-out rows by depth; warns when depth changes nothing."""
+    depths = sorted({*cfg.num_steps, model.cfg.mean_recurrence})
+    ids, labels = (
+        x.to(w.device) for x in data.held_out(min(cfg.rows, 64) if cfg.task == "text" else cfg.rows, cfg.length)
+    )
+    right, loss = by_depth(model, ids, labels, depths)
+    rows = [["accuracy", *(a.mean().item() for a in right.values())], ["loss in nats", *loss.values()]]
+    w.print(report.table(["at r =", *map(str, depths)], rows))
+    deep = [v for r, v in loss.items() if r]
+    if len(deep) > 1 and max(deep) - min(deep) < 0.01 * min(deep):
+        w.print("alarm: the loss does not depend on r; the core may ignore its state (recurrence collapse)")
+    if run:
+        run.log(
+            loss_by_r={str(r): v for r, v in loss.items()},
+            accuracy_by_r={str(r): a.mean().item() for r, a in right.items()},
+        )
+
+
+def open_model(cfg: Config, w: cluster.World):
+    """The model of --model with its tokenizer or None: our folder, or a Llama made recurrent on the spot."""
+    folder = Path(cfg.model)
+    if (folder / "config.json").exists() and json.loads((folder / "config.json").read_text()).get(
+        "model_type"
+    ) == "huginn_raven":
+        tok = folder / "tokenizer.json"
+        tokenizer = _package("tokenizers").Tokenizer.from_file(str(tok)) if tok.exists() else None
+        return load_weights(folder).to(w.device), tokenizer
+    if cfg.model == Config.model:
+        raise BadInput(
+            f"there is no model in {cfg.model}. Train one first (python recurrent_depth.py train), or --model smollm2."
+        )
+    weights = open_weights(cfg.model)
+    w.print(
+        f"{cfg.model}: {weights.config['num_hidden_layers']} layers, split {cfg.split}, not healed: expect no sense"
+    )
+    return retrofit(weights.state_dict(), weights.config, cfg.split).eval().to(w.device), weights.tokenizer()
+
+
+def data_for(cfg: Config, model: RecurrentDepthLM, tokenizer):
+    """The rows that fit a model: parity for its vocabulary of 3, else text."""
+    return Parity(cfg) if model.cfg.n_out else Text(cfg, tokenizer)
+
+
+def evaluate(cfg: Config, w: cluster.World) -> None:
+    """Held-out loss and accuracy of --model at each of --num-steps."""
+    model, tokenizer = open_model(cfg, w)
+    cfg = replace(cfg, task="parity" if model.cfg.n_out else "text")
+    measure(cfg, w, model, data_for(cfg, model, tokenizer))
+
+
+def generate_text(cfg: Config, w: cluster.World) -> None:
+    """Continue --prompt, printing as it comes, with the iterations of each token and tokens per second."""
+    model, tokenizer = open_model(cfg, w)
+    if model.cfg.n_out:
+        bits = [int(c) for c in cfg.prompt if c in "01"]
+        if not bits:
+            raise BadInput('this model knows bits: give --prompt "0110"')
+        ids, decode = torch.tensor([[2, *bits]]), lambda i: " ".join(map(str, i))
+    elif tokenizer is None:
+        ids, decode = Tokenizer([]).encode(cfg.prompt)[None], Tokenizer([]).decode
+    else:
+        ids, decode = torch.tensor([tokenizer.encode(cfg.prompt).ids]), tokenizer.decode
+    if ids.numel() == 0:
+        raise BadInput("--prompt is empty. Give at least one word.")
+    rule = (
+        None
+        if cfg.exit == "none"
+        else EXITS[cfg.exit](max_entropy=cfg.max_entropy if cfg.max_entropy < 100 else math.inf)
+    )
+    cache = RecurrentCache(cfg.budget or None, "latest" if rule else "exact")
+    said, shown, start = [], "", time.perf_counter()
+
+    def stream(token: Tensor) -> None:
+        nonlocal shown
+        said.append(int(token[0]))
+        text = decode(said)
+        if w.main and not text.endswith("�"):  # half a character waits for the other half
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+
+    w.print(cfg.prompt, "->")
+    out, stats = generate(
+        model, ids.to(w.device), cfg.new, cfg.num_steps[-1], exit=rule, cache=cache, warm_start=cfg.warm_start,
+        draft_steps=cfg.draft or None, temperature=cfg.temperature, generator=cluster.generator(cfg.seed, 6), stream=stream,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    w.print(f"\niterations per token: {' '.join(map(str, stats['iterations']))}")
+    if stats["accepted"]:
+        w.print(f"drafts kept per check: {' '.join(map(str, stats['accepted']))}")
+    w.print(f"{cfg.new / seconds:.1f} tokens/s with the prompt, cache {stats['cache_bytes'] / 2**20:.1f} MiB")
+
+
+def heal(cfg: Config, w: cluster.World) -> None:
+    """Make the Llama of --model recurrent and train it on --data with a rising depth."""
+    name = "smollm2" if cfg.model == Config.model else cfg.model
+    weights = open_weights(name)
+    tokenizer = weights.tokenizer()
+    model = retrofit(weights.state_dict(), weights.config, cfg.split)
+    model.cfg.mean_recurrence, model.cfg.mean_backprop_depth = cfg.r_bar, cfg.k
+    data = Text(cfg, tokenizer)
+    if data.vocab > model.cfg.vocab_size:
+        raise BadInput(f"the tokenizer of {name} has {data.vocab} ids, the model {model.cfg.vocab_size}")
+    w.print(
+        f"{name}: {cfg.split} of {weights.config['num_hidden_layers']} layers, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters"
+    )
+    train(replace(cfg, task="text"), w, data, model)
+
+
+@torch.no_grad()
+def inspect(cfg: Config, w: cluster.World) -> None:
+    """By iteration: how alike positions are, how much the state moves, how far it is from s_128, and from another start."""
+    model, tokenizer = open_model(cfg, w)
+    cfg = replace(cfg, task="parity" if model.cfg.n_out else "text")
+    ids = data_for(cfg, model, tokenizer).held_out(8, cfg.length)[0].to(w.device)
+    depths = sorted({r for r in cfg.num_steps if r})
+    *_, (_, end) = unroll(model, ids, 128)
+    gap, before, rows = path_independence(model, ids, depths), None, []
+    for r, s in unroll(model, ids, max(depths)):
+        if r in depths:
+            moved, far = ((s - other).norm(dim=-1) / s.norm(dim=-1) for other in (before, end))
+            rows.append(
+                [str(r), float(correlation(s)), moved.mean().item(), far.mean().item(), far.max().item(), gap[r]]
+            )
+        before = s
+    head = ["r", "token correlation", "residual", "|s_r - s_128|, mean", "worst token", "logits, noise - zero"]
+    w.print(report.table(head, rows))
+
+
+class StackingCache(RecurrentCache):
+    """What the bench compares with: a list of per-token tensors for each slot, stacked at every call."""
+
+    def reserve(self, model, B, T, steps):
+        """Nothing to reserve."""
+        if self.model is None:
+            self.model, self.first, self.l_R = (
+                model,
+                model.cfg.n_layers_in_prelude + model.cfg.n_layers_in_coda,
+                model.cfg.n_layers_in_recurrent_block,
+            )
+            self.tokens = {}
+
+    def write(self, slot, k, v):
+        """All tokens' keys and values of the slot, (B, Hk, S, D) each."""
+        held = self.tokens.setdefault(slot, ([], []))
+        for tokens, x in zip(held, (k, v), strict=True):
+            del tokens[self.length :]
+            tokens += x.unbind(dim=2)
+        return tuple(torch.stack(tokens, dim=2) for tokens in held)
+
+    def seal(self, steps, T):
+        """Count them."""
+        self.length += T
+
+
+@torch.no_grad()
+def bench(cfg: Config, w: cluster.World) -> None:
+    """Decoding one token after T - 1 others: our cache, a stacking one, none; on a GPU Huginn's shape and its floor."""
+    device, found = w.device, {}
+    if device.type == "cuda":
+        return bench_huginn(cfg, w)
+    T, r = 512, 8
+    model = RecurrentDepthLM(RecurrentConfig.preset("tiny", block_size=1024), cfg.seed).eval()
+    ids = torch.randint(256, (1, T), generator=cluster.generator(cfg.seed))
+    caches = {"one preallocated tensor": RecurrentCache(capacity=T), "tensors stacked at each call": StackingCache()}
+    for cache in caches.values():
+        model(ids[:, :-1], r, cache=cache)
+
+    def decode(cache):
+        model(ids[:, -1:], r, cache=cache)
+        cache.length = T - 1
+
+    cases = {name: functools.partial(decode, cache) for name, cache in caches.items()}
+    seconds = report.timed(cases | {"no cache, prefix recomputed": lambda: model(ids, r)}, device, repeats=15)
+    base = seconds["one preallocated tensor"][0]
+    w.print(
+        f"{report.device_name(device)}, float32, {sum(p.numel() for p in model.parameters())} parameters, T={T}, r={r}, batch 1"
+    )
+    w.print(
+        report.table(
+            ["next token", "ms", "x"],
+            [[n, f"{t * 1e3:.2f} ± {s * 1e3:.2f}", f"{t / base:.1f}"] for n, (t, s) in seconds.items()],
+        )
+    )
+    found |= {n: {"seconds": t, "spread": s} for n, (t, s) in seconds.items()}
+    if (Path(cfg.model) / "config.json").exists():
+        trained, tokenizer = open_model(cfg, w)
+        ids, labels = data_for(cfg, trained, tokenizer).held_out(64, cfg.length)
+        rows, r_max = [], 32
+        for name, make in EXITS.items():
+            for max_entropy in (math.inf, 0.1):
+                rule, steps, answer = make(max_entropy=max_entropy, over="last"), None, None
+                for r, s in unroll(trained, ids, r_max):
+                    if r == 0:
+                        rule.start(s)
+                        continue
+                    logits = trained.decode(s)
+                    best, go = logits.argmax(-1), rule.positions(s, logits) | (r == r_max)
+                    steps, answer = (torch.zeros_like(best), best) if steps is None else (steps, answer)
+                    now = go & (steps == 0)
+                    steps, answer = torch.where(now, r, steps), torch.where(now, best, answer)
+                seen = labels >= 0
+                acc = (answer == labels)[seen].float().mean().item()
+                rows.append(
+                    [
+                        name + ("" if max_entropy == math.inf else ", entropy < 0.1"),
+                        steps[seen].float().mean().item(),
+                        acc,
+                    ]
+                )
+        deep = (best == labels)[seen].float().mean().item()
+        w.print(f"\nper-token exit of {cfg.model}, at most {r_max} iterations; accuracy with all of them {deep:.3f}")
+        w.print(report.table(["rule", "mean iterations", "accuracy"], rows))
+        found["exits"] = rows
+    if w.main:
+        report.write_json(f"{cfg.out}/bench.json", found)
+
+
+def bench_huginn(cfg: Config, w: cluster.World) -> None:
+    """Huginn's shape in bf16 with random weights, batch 1, r = 32: one token, replayed as a CUDA graph."""
+    device, T, r = w.device, 512, 32
+    with torch.device("meta"):
+        model = RecurrentDepthLM(RecurrentConfig.preset("huginn-3.5b")).to(torch.bfloat16).eval()
+    c, model = model.cfg, model.to_empty(device=device)
+    model.freq = model.frequencies(c).to(device)
+    for p in model.parameters():
+        p.normal_(std=0.01)
+    ids = torch.randint(c.vocab_size, (1, T), generator=cluster.generator(cfg.seed)).to(device)
+    core = sum(p.numel() for n, p in model.named_parameters() if "core_block" in n or "adapter" in n)
+    read = 2 * (sum(p.numel() for p in model.parameters()) - core + r * core)  # bytes per token; the head reads wte
+    bandwidth, rows = report.ceilings(device, torch.bfloat16)[0], []
+    for budget in (32, 4, 1):
+        cache = RecurrentCache(budget, capacity=T)
+        model(ids[:, :-1], r, cache=cache)
+        s0 = torch.zeros(1, 1, c.n_embd, device=device, dtype=torch.bfloat16)
+
+        def step(cache=cache, s0=s0):
+            model(ids[:, -1:], r, s0=s0, cache=cache)
+            cache.length = T - 1
+
+        step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        t, spread = report.timed({"graph": graph.replay}, device, repeats=20)["graph"]
+        rows.append(
+            [str(budget), f"{t * 1e3:.1f} ± {spread * 1e3:.1f}", 1 / t, cache.bytes() / 2**20, read / bandwidth / t]
+        )
+    w.print(f"{report.device_name(device)}, bfloat16, T={T}, r={r}, batch 1; copies run at {bandwidth / 1e12:.2f} TB/s")
+    w.print(report.table(["KV budget", "ms per token", "tokens/s", "cache MiB", "of the floor"], rows))
+    if w.main:
+        report.write_json(f"{cfg.out}/bench.json", {"rows": rows, "bandwidth": bandwidth, "bytes_per_token": read})
+
+
+def main(cfg: Config) -> None:
+    modes = {
+        "demo": demo, "train": train, "eval": evaluate, "generate": generate_text, "retrofit": heal, "inspect": inspect,
+        "bench": bench,
+    }  # fmt: skip
+    with cluster.world(cfg.device) as w:
+        modes[cfg.mode](cfg, w)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, PRESETS)
