@@ -4,6 +4,7 @@ HEADER
 """
 
 import contextlib
+import functools
 import math
 import string
 import time
@@ -64,7 +65,9 @@ class Config:
     beta2: float = opt(0.98, "AdamW's second decay rate")
     weight_decay: float = opt(0.0, "of matrices")
     clip: float = opt(1.0, "largest norm of the gradient")
-    loss: str = opt("full", "gradients through all recurrences, or the published random depth", choices=("full", "prog"))
+    loss: str = opt(
+        "full", "gradients through all recurrences, or the published random depth", choices=("full", "prog")
+    )
     alpha: float = opt(1.0, "with --loss prog, the share of the random depth in the loss")
     seed: int = opt(0, "seed of the weights and the data")
     seeds: int = opt(1, "train so many seeds, from --seed on")
@@ -78,12 +81,16 @@ class Config:
     log_every: int = opt(10, "steps between lines in metrics.jsonl")
     minutes: float = opt(0.0, "train: save and stop after so long, to go on with --resume; 0 is no limit")
     # measuring
+    lengths: tuple = opt((8, 10, 12, 14, 16, 20), "lengths n of the n+n problems in tables")
     probe: tuple = opt((8, 10, 12), "lengths n of the n+n problems tried during training; best.pt is best at these")
     probe_every: int = opt(50, "steps between those")
     n: int = opt(200, "problems per length in tables")
     grid: int = opt(20, "most digits in heat maps")
     per_cell: int = opt(10, "problems per cell of a heat map")
     quick: bool = opt(False, "demo: Abacus alone")
+    rivals: tuple = opt(("nope", "learned", "rope"), "demo: positions that Abacus is compared with")
+    few: int = opt(3, "demo: most digits in training of the second table")
+    few_steps: int = opt(400, "demo: steps of the second table")
     model: str = opt("results/abacus/seed0/best.pt", "eval: the weights to try")
 
     def __post_init__(self):
@@ -92,7 +99,18 @@ class Config:
             raise ValueError(f"unknown position {bad[0]!r} in --pos {self.pos}; choose from {', '.join(ENCODINGS)}")
         if "nope" in kinds and len(kinds) > 1:
             raise ValueError(f"--pos {self.pos}: nope is the absence of all others and joins none")
-        least = ("digits", "max_offset", "d_model", "n_layer", "n_head", "ff", "recurrences", "steps", "batch", "buckets")
+        least = (
+            "digits",
+            "max_offset",
+            "d_model",
+            "n_layer",
+            "n_head",
+            "ff",
+            "recurrences",
+            "steps",
+            "batch",
+            "buckets",
+        )
         for name in (*least, "seeds", "log_every", "probe_every", "n", "max_positions", "per_cell", "grid"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
@@ -174,7 +192,9 @@ def _check_offset(offset, batch: int, largest: int | None = None) -> Tensor:
 
 def _overflow(span: int, offset: int, rows: int) -> ValueError:
     need = span + offset - 1
-    return ValueError(f"digit span of {span} tokens with offset {offset} needs row {need} but the table has {rows} rows")
+    return ValueError(
+        f"digit span of {span} tokens with offset {offset} needs row {need} but the table has {rows} rows"
+    )
 
 
 class AbacusEmbedding(nn.Module):
@@ -321,7 +341,7 @@ class ArithmeticTransformer(nn.Module):
 
     def init(self, cfg: Config) -> None:
         """Weights from (seed, name): two models that differ in positions alone start with the rest equal."""
-        gain = (8 * cfg.n_layer * cfg.recurrences) ** -0.25
+        gain = (8 * cfg.n_layer * cfg.recurrences) ** -0.25 if cfg.norm == "post" else 1.0  # pre-norm needs no less
         for name, p in self.named_parameters():
             g = cluster.generator(cfg.seed, 0, zlib.crc32(name.encode()))
             if p.device.type == "meta" or "fire" in name or p.ndim < 2:
@@ -385,7 +405,8 @@ def _summed(model, ids: Tensor, targets: Tensor, offset, depths) -> Tensor:
     terms = []
     for before, R, weight in depths:
         logits = model(ids[:, :-1], R, before, offset)  # (B, T - 1, V)
-        terms.append(weight * F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum"))
+        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+        terms.append(weight * F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
     return torch.stack(terms).sum()
 
 
@@ -481,7 +502,9 @@ def _pack(pieces: list[tuple[Tensor | int, Tensor | int]], batch: int, width: in
     tokens, kept = torch.cat(tokens, dim=1), torch.cat(kept, dim=1)  # (B, all)
     place = kept.cumsum(dim=1) - 1
     width = width or (int(place.max()) + 1 if batch else 0)
-    rows = torch.full((batch, width + 1), PAD, dtype=torch.long, device=device)  # the last column takes what is left out
+    rows = torch.full(
+        (batch, width + 1), PAD, dtype=torch.long, device=device
+    )  # the last column takes what is left out
     return rows.scatter_(1, torch.where(kept, place, width), tokens)[:, :-1]
 
 
@@ -515,58 +538,66 @@ def _carry(decides: Tensor, yes: Tensor) -> Tensor:
     return ((at >= 0) & yes.gather(1, at.clamp(min=0))).long()
 
 
-def _add(i, j, generator, device):
-    W = int(max(i.max(), j.max())) + 1 if len(i) else 1
-    i, j = i.to(device), j.to(device)
-    a, b = _number(i, W, generator, device), _number(j, W, generator, device)
-    s = a + b  # (B, W)
-    c = (s + _carry(s != 9, s >= 10)) % 10
-    return [(a + 4, i), (PLUS, 1), (b + 4, j), (EQUALS, 1), (c + 4, _length(c))]
+def add_digits(a: Tensor, b: Tensor) -> Tensor:
+    """Digits of a + b, least significant first, modulo 10^W: all (B, W). No loop over columns: the carry into a column
+    is decided by the newest lower column whose sum is not 9."""
+    s = a + b
+    return (s + _carry(s != 9, s >= 10)) % 10
 
 
-def _sub(i, j, generator, device):
-    W = int(max(i.max(), j.max())) if len(i) else 1
-    i, j = i.to(device), j.to(device)
-    a, b = _number(i, W, generator, device), _number(j, W, generator, device)
-    s = a - b  # (B, W)
+def sub_digits(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Digits of |a - b|, (B, W), and whether a < b, (B,)."""
+    s = a - b
     negative = s.gather(1, (_length(s) - 1)[:, None]) < 0  # (B, 1): the highest column that differs
     s = torch.where(negative, -s, s)
-    c = (s - _carry(s != 0, s < 0)) % 10
-    sign = torch.full_like(c[:, :1], MINUS)
-    return [(a + 4, i), (MINUS, 1), (b + 4, j), (EQUALS, 1), (c + 4, _length(c)), (sign, negative[:, 0].long())]
+    return (s - _carry(s != 0, s < 0)) % 10, negative[:, 0]
 
 
-def _mul(i, j, generator, device):
-    W = int(max(i.max(), j.max())) if len(i) else 1
-    i, j = i.to(device), j.to(device)
-    a, b = _number(i, W, generator, device), _number(j, W, generator, device)
-    s = torch.zeros(len(a), 2 * W, dtype=torch.long, device=device)
-    for c in range(W):
-        s[:, c : c + W] += a[:, c : c + 1] * b
-    carry = torch.zeros_like(s[:, 0])
-    for c in range(2 * W):
-        carry = s[:, c] + carry
-        s[:, c] = carry % 10
+def mul_digits(a: Tensor, b: Tensor) -> Tensor:
+    """Digits of a b: (B, W) each -> (B, 2 W). A convolution of the digits, then carries from column to column."""
+    W = a.shape[1]
+    s = torch.stack([F.pad(a[:, c : c + 1] * b, (c, W - c)) for c in range(W)]).sum(dim=0)  # (B, 2 W)
+    digits, carry = [], torch.zeros_like(s[:, 0])
+    for column in s.unbind(dim=1):
+        carry = column + carry
+        digits.append(carry % 10)
         carry = carry // 10
-    return [(a + 4, i), (TIMES, 1), (b + 4, j), (EQUALS, 1), (s + 4, _length(s))]
+    return torch.stack(digits, dim=1)
 
 
-def _or(i, j, generator, device):
-    u = torch.rand(2, len(i), generator=generator, device=_home(generator)).to(device)
-    i, j = i.to(device), j.to(device)
+def _arithmetic(task: str, cells: Tensor, generator, device) -> list:
+    """The pieces of a + b, a - b or a x b and the answer."""
+    i, j = cells.to(device).unbind(dim=1)
+    W = int(cells.max()) + (task == "add") if len(cells) else 1
+    a, b = _number(i, W, generator, device), _number(j, W, generator, device)  # (B, W)
+    sign = {"add": PLUS, "sub": MINUS, "mul": TIMES}[task]
+    end = []
+    if task == "sub":
+        c, negative = sub_digits(a, b)
+        end = [(torch.full_like(c[:, :1], MINUS), negative.long())]  # reversed, a sign comes last
+    else:
+        c = add_digits(a, b) if task == "add" else mul_digits(a, b)
+    return [(a + 4, i), (sign, 1), (b + 4, j), (EQUALS, 1), (c + 4, _length(c)), *end]
+
+
+def _or(cells: Tensor, generator, device) -> list:
+    """Bitwise OR, not reversed: a single 1, in the shorter operand; of equal ones a coin decides."""
+    u = torch.rand(2, len(cells), generator=generator, device=_home(generator)).to(device)
+    i, j = cells.to(device).unbind(dim=1)
     short, long = torch.minimum(i, j), torch.maximum(i, j)
-    W = torch.arange(int(long.max()) if len(i) else 1, device=device)
+    W = torch.arange(int(cells.max()) if len(cells) else 1, device=device)
     hot = (W == (u[0] * short).long()[:, None]).long()  # (B, W): one 1, in the shorter operand
     first = torch.where(i == j, u[1] < 0.5, i < j).long()[:, None]  # (B, 1): a is the hot one
     return [(hot * first + 4, i), (PLUS, 1), (hot * (1 - first) + 4, j), (EQUALS, 1), (hot + 4, long)]
 
 
-def _sort(i, j, generator, device):
-    m, n, home = int(i.max()) if len(i) else 1, int(j.max()) if len(i) else 1, _home(generator)
+def _sort(cells: Tensor, generator, device) -> list:
+    """Labelled numbers, then their labels in order of value, ties as they came: i elements of up to j digits."""
+    m, n = cells.max(dim=0).values.tolist() if len(cells) else (1, 1)
     if m > len(LABELS):
         raise ValueError(f"{m} elements need as many labels, there are {len(LABELS)}")
-    u = torch.rand(len(i), m + 1, generator=generator, device=home).to(device)
-    i, j = i.to(device), j.to(device)
+    i, j = cells.to(device).unbind(dim=1)
+    u = torch.rand(len(i), m + 1, generator=generator, device=_home(generator)).to(device)
     size = (u[:, 1:] * j[:, None]).long() + 1  # (B, m): digits of each element
     value = _number(size.flatten(), n, generator, device).unflatten(0, (len(i), m))  # (B, m, n)
     label = ((u[:, :1] * len(LABELS)).long() + torch.arange(m, device=device)) % len(LABELS) + LABEL  # (B, m)
@@ -584,9 +615,6 @@ def _sort(i, j, generator, device):
         there = (e < i).long()
         pieces += [(COMMA, there * (e > 0)), (label.gather(1, order[:, e : e + 1]), there)]
     return pieces
-
-
-MAKERS = {"add": _add, "sub": _sub, "mul": _mul, "or": _or, "sort": _sort}
 
 
 def example_width(task: str, i, j):
@@ -620,7 +648,8 @@ def make_batch(task: str, batch: int, lengths=20, device="cpu", generator: torch
 
 
 def _fill(task: str, cells: Tensor, generator, device, width: int = 0) -> Batch:
-    pieces = MAKERS[task](cells[:, 0], cells[:, 1], generator, torch.device(device))
+    make = {"or": _or, "sort": _sort}.get(task) or functools.partial(_arithmetic, task)
+    pieces = make(cells, generator, torch.device(device))
     ids = _pack([*pieces, (EOS, 1)], len(cells), width, device)
     return Batch(ids, _targets(ids), cells)
 
@@ -679,7 +708,11 @@ def evaluate_cells(model, cells: list, n: int, task: str = "add", seed: int = 0,
     device = next(model.parameters()).device
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     width = {c: example_width(task, *c) for c in cells}
-    order, parts, room = sorted(range(len(cells)), key=lambda c: width[cells[c]]), [], 2**20 if device.type == "cuda" else 2**14
+    order, parts, room = (
+        sorted(range(len(cells)), key=lambda c: width[cells[c]]),
+        [],
+        2**20 if device.type == "cuda" else 2**14,
+    )
     for c in order:  # cells of like width together, up to `room` tokens
         if not parts or (len(parts[-1]) + 1) * n * width[cells[c]] > room:
             parts.append([])
@@ -728,7 +761,7 @@ class Trainer:
     """One run: model, AdamW, and a step over buckets whose loss is normalised over all of them and all ranks."""
 
     def __init__(self, cfg: Config, w: cluster.World, state: dict | None = None):
-        self.cfg, self.w, self.step = cfg, w, 0
+        self.cfg, self.w, self.step, self.best = cfg, w, 0, -1.0
         if cfg.batch % (w.size * cfg.buckets):
             raise BadInput(f"--batch {cfg.batch} does not divide over {w.size} processes x --buckets {cfg.buckets}")
         self.model = ArithmeticTransformer(cfg).to(w.device)
@@ -739,7 +772,7 @@ class Trainer:
         if state:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
+            self.step, self.best = state["step"], state["best"]
         if cfg.compile:
             for layer in self.model.layers:
                 layer.compile()
@@ -748,8 +781,8 @@ class Trainer:
 
     def state(self) -> dict:
         setting = {name: getattr(self.cfg, name) for name in FIXED}
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
-                "setting": setting}  # fmt: skip
+        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        return {**parts, "best": self.best, "setting": setting}
 
     def batches(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
         """The step's buckets, each (ids, targets, offsets), shortest first: a function of seed and step alone.
@@ -778,6 +811,8 @@ class Trainer:
         parts = self.batches()
         count = sum((targets != -100).sum() for _, targets, _ in parts)  # over all ranks: each made the whole batch
         depths = [(0, cfg.recurrences, 1.0)]
+        if cfg.state_init == "noise":  # drawn from torch's own generator: let it too depend on seed and step alone
+            torch.manual_seed(cluster.generator(cfg.seed, 5, self.step).initial_seed())
         if cfg.loss == "prog":
             depths = _depths(cfg.recurrences, cfg.alpha, cluster.generator(cfg.seed, 4, self.step))
         total = torch.zeros((), device=w.device)
@@ -800,3 +835,284 @@ class Trainer:
         if not log:
             return {}
         return {"loss": float(cluster.total(total) / count), "lr": lr, "grad_norm": float(norm)}
+
+    def probe(self, lengths: tuple) -> dict:
+        """Exact match, first digit and all other digits at n+n digits (sort: n elements of n digits). Collective."""
+        found = evaluate_cells(self.model, [(n, n) for n in lengths], min(64, self.cfg.n), self.cfg.task, self.cfg.seed)
+        names = ("exact", "first", "rest")
+        return {f"{name}_{n}": x for n, row in zip(lengths, found.tolist(), strict=True) for name, x in zip(names, row)}
+
+    def run(self, log: report.Run, what: str, folder: str = "") -> "Trainer":
+        """Train to the end, logging as `what`; with `folder`, checkpoint.pt and best.pt go there, also on SIGTERM."""
+        cfg, start = self.cfg, time.monotonic()
+        listen = cluster.stop_signal(self.w.device) if folder else contextlib.nullcontext(bool)  # bool() is False
+        with listen as stopping, report.progress(None, what, self.w, cfg.steps, self.step) as bar:
+            while self.step < cfg.steps:
+                line = self.advance((self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.steps)
+                if self.step % cfg.probe_every == 0 or self.step == cfg.steps:
+                    line |= self.probe(cfg.probe)
+                    seen = sum(line[f"exact_{n}"] for n in cfg.probe) / len(cfg.probe)
+                    if folder and seen >= self.best:
+                        self.best = seen
+                        if self.w.main:
+                            save_weights(f"{folder}/best.pt", self)
+                    self.shown = " ".join(f"{n}+{n} {line[f'exact_{n}']:.2f}" for n in cfg.probe)
+                if line:
+                    log.log(run=what, step=self.step, **line)
+                    bar.set_postfix_str(f"{getattr(self, 'shown', '')} loss {line.get('loss', math.nan):.3f}")
+                bar.update()
+                late = bool(cfg.minutes) and time.monotonic() - start > 60 * cfg.minutes
+                if cfg.minutes and self.w.size > 1:  # the ranks' clocks differ: one late, all late
+                    late = bool(cluster.total(torch.tensor(int(late), device=self.w.device)))
+                stop = stopping() or late
+                if folder and (stop or self.step == cfg.steps or (cfg.save_every and self.step % cfg.save_every == 0)):
+                    if self.w.main:
+                        cluster.save(f"{folder}/checkpoint.pt", self.state())
+                if stop and self.step < cfg.steps:
+                    self.w.print(f"stopped after step {self.step} of {cfg.steps}; go on with --resume")
+                    break
+        return self
+
+
+def check_resume(state: dict, cfg: Config) -> None:
+    """BadInput: the checkpoint was trained with other settings. --steps may change while the rate is still flat."""
+    was = dict(state["setting"])
+    if state["step"] <= (1 - cfg.cooldown) * min(was["steps"], cfg.steps):
+        was["steps"] = cfg.steps
+    differ = [f"--{n.replace('_', '-')} {was[n]} (now {getattr(cfg, n)})" for n in FIXED if was[n] != getattr(cfg, n)]
+    if differ:
+        raise BadInput(f"the checkpoint was trained with {', '.join(differ)}. Pass the same, or another --out.")
+
+
+def save_weights(path: str, trainer: Trainer) -> None:
+    """Half-precision weights with the settings that build the model: small enough to carry away."""
+    weights = {n: p.half() for n, p in trainer.model.state_dict().items()}
+    cluster.save(path, {"model": weights, "step": trainer.step, "setting": trainer.state()["setting"]})
+
+
+def load_weights(path: str, cfg: Config, device) -> ArithmeticTransformer:
+    """The model that save_weights or a checkpoint holds, in fp32 and eval mode."""
+    state = cluster.load(path)
+    model = ArithmeticTransformer(replace(cfg, **state["setting"]))
+    model.load_state_dict({n: p.float() for n, p in state["model"].items()})
+    return model.to(device).eval()
+
+
+def train(cfg: Config, resume: str | None = None) -> list[dict]:
+    """Train cfg.seeds seeds, each in its own folder of cfg.out; returns the last probe of each. resume: a checkpoint to
+    go on from; cfg.resume: go on from each seed's own. BadInput: the checkpoint has other settings."""
+    found = []
+    with cluster.world(cfg.device) as w:
+        for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+            c, folder = replace(cfg, seed=seed), f"{cfg.out}/seed{seed}"
+            path = resume or f"{folder}/checkpoint.pt"
+            state = cluster.load(path) if resume or (cfg.resume and (seed == cfg.seed or Path(path).exists())) else None
+            if state:
+                check_resume(state, c)
+            elif w.main:
+                cluster.set_aside(path)
+            run = report.Run(folder, c, w, state["step"] if state else 0)
+            trainer = Trainer(c, w, state).run(run, f"seed {seed}", folder)
+            found.append({"seed": seed, "step": trainer.step, **trainer.probe(cfg.probe)})
+            run.log(final=seed, **found[-1])
+        rows = [[f"seed {f['seed']}", f["step"], *(f[f"exact_{n}"] for n in cfg.probe),
+                 *(f[f"{part}_{cfg.probe[-1]}"] for part in ("first", "rest"))] for f in found]  # fmt: skip
+        if len(found) > 1:
+            columns = list(zip(*rows, strict=True))[2:]
+            for name, fn in (("mean", lambda c: sum(c) / len(c)), ("minimum", min), ("best", max)):
+                rows.append([name, "", *map(fn, columns)])
+        last = cfg.probe[-1]
+        head = ["run", "step", *(f"{n}+{n}" for n in cfg.probe), f"first digit at {last}", f"others at {last}"]
+        w.print(f"\nexact match, task {cfg.task}, trained on up to {cfg.digits} digits\n" + report.table(head, rows))
+    return found
+
+
+# ---- demo: the claim
+
+
+def measured(cfg: Config, trainer: Trainer, run: report.Run, what: str, lengths: tuple, heat: int) -> dict:
+    """Accuracy over lengths, and over a grid of lengths up to `heat`; logged."""
+    found = evaluate_cells(trainer.model, [(n, n) for n in lengths], cfg.n, cfg.task, cfg.seed)
+    sizes = range(1, heat + 1)
+    grid = evaluate_grid(trainer.model, sizes, sizes, cfg.per_cell, cfg.task, cfg.seed, f"{what}: grid")
+    f = {"exact": dict(zip(lengths, found[:, 0].tolist(), strict=True)), "grid": grid.tolist(),
+         "first": dict(zip(lengths, found[:, 1].tolist(), strict=True)),
+         "rest": dict(zip(lengths, found[:, 2].tolist(), strict=True)),
+         "trained": grid[: cfg.digits, : cfg.digits].mean().item()}  # fmt: skip
+    run.log(measured=what, **f)
+    return f
+
+
+def compare(cfg: Config, w: cluster.World, run: report.Run, names: list, heat: int) -> dict:
+    """Train each (position, seed) of `names` alike, measure, print a table."""
+    found, rows = {}, []
+    for pos, seed in names:
+        start = time.process_time()
+        c = replace(cfg, pos=pos, seed=seed)
+        what = f"{pos}, <= {c.digits} digits, seed {seed}"
+        f = measured(c, Trainer(c, w).run(run, what), run, what, c.lengths, heat)
+        cpu = cluster.total(torch.tensor(time.process_time() - start, device=w.device)).item()
+        found[pos, seed] = f
+        rows.append([f"{pos}, seed {seed}", f["trained"], *f["exact"].values(), f["first"][c.lengths[0]],
+                     f["rest"][c.lengths[0]], f"{cpu:.0f}"])  # fmt: skip
+        w.print(f"{what}: {c.lengths[0]}+{c.lengths[0]} {f['exact'][c.lengths[0]]:.2f} ({cpu:.0f} CPU seconds)")
+    n = cfg.lengths[0]
+    head = [
+        "positions",
+        f"1..{cfg.digits} grid",
+        *(f"{n}+{n}" for n in cfg.lengths),
+        f"first digit {n}+{n}",
+        "others",
+        "CPU s",
+    ]
+    w.print(f"\nexact match after {cfg.steps} steps on up to {cfg.digits} digits\n{report.table(head, rows)}\n")
+    return found
+
+
+def demo(cfg: Config, w: cluster.World) -> None:
+    """Abacus against other positions at equal budget, twice: where only Abacus learns, and where all do."""
+    run, rivals, n = report.Run(cfg.out, cfg, w), () if cfg.quick else cfg.rivals, cfg.lengths[0]
+    cfg = replace(cfg, buckets=max(cfg.buckets, 2))
+    found = compare(cfg, w, run, [("abacus", cfg.seed + s) for s in range(cfg.seeds)], cfg.grid)
+    stuck = [s for (_, s), f in found.items() if f["first"][n] < 0.9]
+    if len(stuck) == cfg.seeds:
+        w.print(f"seed {stuck} did not find the first digit of the answer; one more seed, and both are reported")
+        found |= compare(cfg, w, run, [("abacus", cfg.seed + cfg.seeds)], cfg.grid)
+    found |= compare(cfg, w, run, [(pos, cfg.seed) for pos in rivals], cfg.grid) if rivals else {}
+    if w.main:
+        layout = {"ncols": len(found), "figsize": (4.2 * len(found) + 1, 4.6), "squeeze": False}
+        w.print(report.picture(f"{cfg.out}/abacus.png", lambda f, a: draw(cfg, found, f, a[0]), **layout))
+    few = {}
+    if rivals:
+        w.print(f"\nthe same on up to {cfg.few} digits, which all can learn: is it extrapolation?")
+        small = replace(cfg, digits=cfg.few, steps=cfg.few_steps, lengths=(cfg.few, cfg.few + 1, cfg.few + 2))
+        few = compare(small, w, run, [(pos, cfg.seed) for pos in ("abacus", *rivals)], cfg.few)
+    claim(cfg, w, run, found, few)
+
+
+def claim(cfg: Config, w: cluster.World, run: report.Run, found: dict, few: dict) -> None:
+    """The last line: what holds, by the best Abacus seed and the worst rival."""
+    n, far = cfg.lengths[0], [m for m in cfg.lengths if m > cfg.lengths[0]][:2]
+    ours = max((f["exact"] for (pos, _), f in found.items() if pos == "abacus"), key=lambda e: sum(e.values()))
+    theirs = {pos: f["exact"][far[0]] for (pos, _), f in found.items() if pos != "abacus"} if far else {}
+    here = "Abacus " + ", ".join(f"{m}+{m} {ours[m]:.2f}" for m in cfg.lengths)
+    if theirs:
+        here += f"; at {far[0]}+{far[0]} " + ", ".join(f"{pos} {x:.2f}" for pos, x in theirs.items())
+    if few:
+        m = cfg.few + 2
+        here += f"; after <= {cfg.few} digits at {m}+{m} "
+        here += ", ".join(f"{pos} {f['exact'][m]:.2f}" for (pos, _), f in few.items())
+    bars = [ours[m] >= b for m, b in zip((n, *far), (0.95, 0.85, 0.5), strict=False)]
+    run.claim(
+        f"Abacus positions add beyond the {cfg.digits} digits trained on",
+        "trained on <= 20 digits: up to 99 % exact match at 100 digits",
+        here,
+        all(bars) and all(x <= 0.05 for x in theirs.values()),
+        f"{cfg.steps} steps of {cfg.batch}, width {cfg.d_model}, {cfg.n_layer} layers x {cfg.recurrences}, {w.device.type}",
+    )
+
+
+def draw(cfg: Config, found: dict, figure, axes) -> None:
+    """A heat map of exact match per method over both operand lengths; the training square is outlined."""
+    for ax, ((pos, seed), f) in zip(axes, found.items(), strict=True):
+        grid = torch.tensor(f["grid"])
+        size = len(grid)
+        image = ax.imshow(
+            grid.T, origin="lower", extent=(0.5, size + 0.5, 0.5, size + 0.5), vmin=0, vmax=1, cmap="viridis"
+        )
+        edge = cfg.digits + 0.5
+        ax.plot([0.5, edge, edge], [edge, edge, 0.5], color="white", lw=2)
+        ax.text(edge - 0.3, edge - 0.3, "trained", color="white", ha="right", va="top")
+        ax.set(xlabel="digits of a", ylabel="digits of b", title=pos if cfg.seed == seed else f"{pos}, seed {seed}")
+    figure.colorbar(image, ax=list(axes), label="exact match", shrink=0.8)
+
+
+# ---- eval and bench
+
+
+def evaluate(cfg: Config, w: cluster.World) -> None:
+    """Try the weights of --model: a table over lengths, the longest diagonal, the grid, its picture, one sum spelled."""
+    model = load_weights(cfg.model, cfg, w.device)
+    c = model.cfg
+    run = report.Run(f"{cfg.out}/eval", cfg, w)
+    found = evaluate_cells(model, [(n, n) for n in cfg.lengths], cfg.n, c.task, cfg.seed, "lengths")
+    rows = [[f"{n}+{n}", *row] for n, row in zip(cfg.lengths, found.tolist(), strict=True)]
+    w.print(report.table(["digits", "exact match", "first digit", "all others"], rows))
+    start, sizes = time.perf_counter(), range(1, cfg.grid + 1)
+    grid = evaluate_grid(model, sizes, sizes, cfg.per_cell, c.task, cfg.seed, "grid")
+    seconds = time.perf_counter() - start
+    inside = grid[: c.digits, : c.digits].mean().item()
+    outside = (grid.sum() - grid[: c.digits, : c.digits].sum()).item() / max(
+        1, grid.numel() - min(c.digits, cfg.grid) ** 2
+    )
+    w.print(
+        f"grid 1..{cfg.grid}, {cfg.per_cell} problems a cell, {seconds:.1f} s: trained lengths {inside:.3f}, others {outside:.3f}"
+    )
+    run.log(lengths=dict(zip(cfg.lengths, found.tolist(), strict=True)), grid=grid.tolist(), seconds=seconds)
+    if w.main:
+        shown = {(c.pos, c.seed): {"grid": grid.tolist()}}
+        layout = {"ncols": 1, "figsize": (6, 5), "squeeze": False}
+        w.print(report.picture(f"{cfg.out}/eval/grid.png", lambda f, a: draw(c, shown, f, a[0]), **layout))
+    ids = problems(c.task, cfg.lengths[-1], cfg.lengths[-1], 1, cfg.seed).ids
+    prompt, right = ids[:, : int((ids == EQUALS).nonzero()[0, 1]) + 1], decode(ids[0]).split("=")[1]
+    said = decode(generate(model, prompt.to(w.device), len(right) + 2)[0])
+    w.print(f"{decode(prompt[0])} {said} ({'right' if said == right else 'wrong: ' + right})")
+
+
+def bench(cfg: Config, w: cluster.World) -> None:
+    """Problems made per second, training steps against the matrix floor, one pass against token by token."""
+    copy, flops = report.ceilings(w.device)
+    trainer, found = Trainer(cfg, w), {"device": report.device_name(w.device)}
+    model, step = trainer.model, trainer.step
+    tokens = sum(t.numel() for _, t, _ in trainer.batches())
+    active = cfg.recurrences * sum(p.numel() for p in model.layers.parameters())
+
+    def advance():
+        trainer.step = step
+        trainer.advance(log=False)
+
+    many = lambda task: make_batch(task, 4096, cfg.digits, w.device, cluster.generator(cfg.seed))
+    made = report.timed({t: lambda t=t: many(t) for t in TASKS}, w.device)
+    ids = {t: many(t).ids.numel() * 8 for t in TASKS}
+    rows = [
+        [t, f"{4096 / s:.3g}", f"{1e6 * ids[t] / copy:.0f}", f"{1e6 * s:.0f} ± {1e6 * d:.0f}"]
+        for t, (s, d) in made.items()
+    ]
+    w.print(
+        f"{found['device']}, <= {cfg.digits} digits: problems made\n"
+        + report.table(["task", "per second", "floor µs per 4096 (one write)", "µs"], rows)
+    )
+    found["made per second"] = {t: 4096 / s for t, (s, _) in made.items()}
+    s, d = report.timed({"step": advance}, w.device, repeats=5)["step"]
+    floor = 6 * active * tokens / w.size / flops
+    w.print(f"\ntraining: {cfg.batch / s:.0f} examples/s, {s * 1e3:.0f} ± {d * 1e3:.0f} ms a step; floor (its matrix products at the "
+            f"measured {flops / 1e12:.2f} TFLOP/s) {floor * 1e3:.0f} ms, {floor / s:.0%}")  # fmt: skip
+    found["step seconds"], found["step floor"] = s, floor
+    b = problems(cfg.task, cfg.grid, cfg.grid, cfg.per_cell)
+    ids, targets = b.ids.to(w.device), b.targets.to(w.device)
+    prompt, new = ids[:, : int((ids[0] == EQUALS).nonzero()[0]) + 1], int((targets != -100).sum(dim=1).max())
+    model.eval()
+    cases = {
+        "one pass": torch.no_grad()(lambda: score(model, ids, targets)),
+        "token by token": lambda: generate(model, prompt, new, eos=-1),
+    }
+    t = report.timed(cases, w.device, repeats=7)
+    speed = t["token by token"][0] / t["one pass"][0]
+    w.print(f"\n{cfg.per_cell} problems of {cfg.grid}+{cfg.grid}: one pass {t['one pass'][0] * 1e3:.1f} ms, token by token "
+            f"{t['token by token'][0] * 1e3:.1f} ms, {speed:.1f} x")  # fmt: skip
+    found["one pass against token by token"] = speed
+    if w.main:
+        report.write_json(f"{cfg.out}/bench.json", found)
+
+
+def main(cfg: Config) -> None:
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU; a CPU ignores it
+    if cfg.mode == "train":
+        train(cfg)
+        return
+    with cluster.world(cfg.device) as w:
+        {"demo": demo, "eval": evaluate, "bench": bench}[cfg.mode](cfg, w)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, PRESETS)

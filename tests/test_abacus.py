@@ -1,0 +1,353 @@
+"""abacus.py: positions and data against vectors and Python's integers, the model, ranks, resume, tasks, bad input."""
+
+import json
+import math
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import finish, kill, run_ranks, run_script, start_ranks
+
+import abacus as A
+from common import dist as cluster
+from common.cli import BadInput
+
+DATA = Path(__file__).parent / "data"
+TINY = {"d_model": 32, "n_head": 2, "ff": 32, "n_layer": 1, "device": "cpu"}
+
+
+def g(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny(**kw) -> A.Config:
+    return A.Config(**{**TINY, **kw})
+
+
+def read(name: str):
+    return json.loads((DATA / f"abacus_{name}.json").read_text())
+
+
+# ---- positions
+
+
+@pytest.mark.parametrize("case", read("positions"), ids=lambda c: c["name"])
+def test_positions_equal_the_published(case):
+    got = A.digit_positions(torch.tensor(case["ids"]), case["digit_tokens"], 1 + (case["k"] or 0))
+    assert got.dtype == torch.int64 and got.tolist() == case["positions"]
+
+
+def test_positions_by_hand():
+    ids = A.encode("12+345=")[None]
+    assert A.digit_positions(ids, A.DIGITS).tolist() == [[1, 2, 0, 1, 2, 3, 0]]
+    assert A.digit_positions(ids, A.DIGITS, 38).tolist() == [[38, 39, 0, 38, 39, 40, 0]]
+    both = A.digit_positions(ids.repeat(2, 1), A.DIGITS, torch.tensor([[1], [5]]))
+    assert both.tolist() == [[1, 2, 0, 1, 2, 3, 0], [5, 6, 0, 5, 6, 7, 0]]
+    assert A.digit_positions(torch.tensor([[4]]), A.DIGITS).tolist() == [[1]]
+    assert A.digit_positions(torch.tensor([[14, 0, 17]]), A.DIGITS, 9).tolist() == [[0, 0, 0]]  # no digits
+    assert A.digit_positions(torch.tensor([[5, 0, 6, 7]]), A.DIGITS).tolist() == [[1, 0, 1, 2]]  # PAD ends a run
+    for shape in ((0, 5), (3, 0), (0, 0)):
+        assert A.digit_positions(torch.zeros(shape, dtype=torch.long), A.DIGITS).shape == shape
+        assert A.AbacusEmbedding(A.DIGITS, 8)(torch.zeros(shape, dtype=torch.long)).shape == (*shape, 8)
+
+
+def test_positions_depend_on_the_prefix_alone():
+    ids = torch.randint(0, 18, (50, 40), generator=g())
+    whole = A.digit_positions(ids, A.DIGITS, 7)
+    row = torch.zeros(50, dtype=torch.long)
+    for t in range(40):  # the rule of incremental decoding
+        digit = (ids[:, t] >= 4) & (ids[:, t] <= 13)
+        row = torch.where(digit, torch.where(row == 0, 7, row + 1), 0)
+        assert torch.equal(row, whole[:, t])
+        assert torch.equal(A.digit_positions(ids[:, : t + 1], A.DIGITS, 7), whole[:, : t + 1])
+
+
+def test_embedding_offsets():
+    ids = A.encode("12+9=")[None].repeat(6, 1)
+    for per in ("batch", "sample"):
+        m = A.AbacusEmbedding(A.DIGITS, 4, 64, 30, per)
+        rows = lambda out, m=m: [[(m.table.weight == v).all(1).nonzero().item() for v in row] for row in out]
+        drawn = rows(m(ids, generator=g(1)))
+        assert drawn == rows(m(ids, generator=g(1))) and drawn != rows(m(ids, generator=g(2)))
+        for row in drawn:
+            assert row[2] == row[4] == 0 and row[0] == row[3] == row[1] - 1 and 1 <= row[0] <= 30
+        assert (len({row[0] for row in drawn}) == 1) == (per == "batch")
+        assert rows(m.eval()(ids)) == [[1, 2, 0, 1, 0]] * 6  # no shift at test time
+    assert set(m.draw(4000, g()).flatten().tolist()) == set(range(1, 31))
+    assert m.draw(500, g(), largest=3).max() == 3
+
+
+def test_fire_equals_the_published():
+    want = read("fire")
+    p = want["params"]
+    fire = A.FIRE(2, 8, p["c"], p["init_L"], want["eps"])
+    fire.load_state_dict({n: torch.tensor(v) for n, v in p.items()})
+    got = fire(want["T"])[0]
+    seen = torch.ones(want["T"], want["T"], dtype=torch.bool).tril()
+    torch.testing.assert_close(got[:, seen], torch.tensor(want["bias"])[:, seen], rtol=0, atol=1e-5)
+    assert sum(p.numel() for p in A.FIRE(16).parameters()) == 595
+
+
+# ---- text and data
+
+
+def test_formats_equal_the_published():
+    want = read("formats")
+    for c in want["addition"] + want["multiplication"]:
+        ids = torch.cat([A.encode(c["text"]), torch.tensor([A.EOS])])
+        assert ids.tolist() == c["ids"] and A.decode(ids) == c["text"]
+        if "loss_targets" in c:
+            assert A.answer_targets(ids[None]).tolist() == [c["loss_targets"]]
+    assert all(A.CHARS[c] == i for c, i in want["vocab"].items() if len(c) == 1)
+    assert A.format_example("+", 97, 8) == "79+8=501" and A.format_example("-", "488", "877") == "884-778=983-"
+    assert A.format_example("-", 7, 488) == "7-884=184-" and A.format_example("x", 0, 12) == "0x21=0"
+
+
+def digits_of(numbers: list[int], width: int) -> torch.Tensor:
+    return torch.tensor([[int(c) for c in str(n)[::-1].ljust(width, "0")] for n in numbers])
+
+
+def numbers_of(digits: torch.Tensor) -> list[int]:
+    return [int("".join(map(str, row[::-1]))) for row in digits.tolist()]
+
+
+def test_arithmetic_against_python():
+    W = 22
+    a = torch.randint(0, 10, (100_000, W), generator=g(1))
+    b = torch.randint(0, 10, (100_000, W), generator=g(2))
+    b[:50_000] = torch.where(torch.rand(50_000, W, generator=g(3)) < 0.9, 9 - a[:50_000], b[:50_000])  # long carries
+    a[:, -1] = b[:, -1] = 0
+    x, y = numbers_of(a), numbers_of(b)
+    nines = [10**n - 1 for n in range(1, W)]
+    x, y = x + nines + [1] * len(nines), y + [1] * len(nines) + nines
+    a, b = digits_of(x, W), digits_of(y, W)
+    assert numbers_of(A.add_digits(a, b)) == [p + q for p, q in zip(x, y, strict=True)]
+    c, negative = A.sub_digits(a, b)
+    assert numbers_of(c) == [abs(p - q) for p, q in zip(x, y, strict=True)]
+    assert negative.tolist() == [p < q for p, q in zip(x, y, strict=True)]
+    some = slice(49_000, 52_000)
+    assert numbers_of(A.mul_digits(a[some], b[some])) == [p * q for p, q in zip(x[some], y[some], strict=True)]
+    assert not A.sub_digits(a, a)[0].any() and not A.sub_digits(a, a)[1].any()
+
+
+@pytest.mark.parametrize("task, op", [("add", "+"), ("sub", "-"), ("mul", "x")])
+def test_batches_of_arithmetic(task, op):
+    b = A.make_batch(task, 3000, 12, generator=g())
+    assert torch.equal(b.targets, A.answer_targets(b.ids))
+    for ids, (i, j) in zip(b.ids.tolist(), b.lengths.tolist(), strict=True):
+        text = A.decode(ids)
+        x, y = text.split("=")[0].split(op)
+        assert (len(x), len(y)) == (i, j) and ids[len(text)] == A.EOS and not any(ids[len(text) + 1 :])
+        assert text == A.format_example(op, x[::-1], y[::-1])
+        assert len(text) + 1 <= A.example_width(task, i, j)
+
+
+def test_batches_of_or_and_sort():
+    b = A.make_batch("or", 3000, 6, generator=g())
+    seen = set()
+    for ids, (i, j) in zip(b.ids.tolist(), b.lengths.tolist(), strict=True):
+        (x, y), z = (text := A.decode(ids)).split("=")[0].split("+"), text.split("=")[1]
+        assert (len(x), len(y), len(z)) == (i, j, max(i, j)) and (x + y).count("1") == 1
+        assert "1" in (x if i < j else y if j < i else x + y)
+        bits = zip(x.ljust(len(z), "0"), y.ljust(len(z), "0"), z, strict=True)
+        assert all(r == str(int(p) | int(q)) for p, q, r in bits)
+        seen.add((text, i, j))
+    assert len(seen) == 91 + 21  # all there are: sum of min(i, j), and again for i = j
+    b = A.make_batch("sort", 2000, 10, generator=g())
+    ties = 0
+    for ids, (m, n) in zip(b.ids.tolist(), b.lengths.tolist(), strict=True):
+        question, answer = (text := A.decode(ids)).split("=")
+        items = [(e[0], int(e[2:][::-1])) for e in question.split(",")]
+        assert len(items) == m and all(len(str(v)) == len(e) - 2 for (_, v), e in zip(items, question.split(","), strict=True))
+        assert answer == ",".join(label for label, _ in sorted(items, key=lambda e: e[1]))  # Python's sort is stable
+        assert max(len(str(v)) for _, v in items) <= n and len(text) + 1 <= A.example_width("sort", m, n)
+        assert [A.LABELS.index(label) for label, _ in items] == [(A.LABELS.index(items[0][0]) + e) % 51 for e in range(m)]
+        ties += len({v for _, v in items}) < m
+    assert ties > 100
+    assert A.encode("A:23,B:5=B,A").max() < A.vocab_size("sort") == 72
+
+
+def test_lengths_are_uniform_and_buckets_keep_them():
+    b = A.make_batch("add", 64_000, 8, generator=g())
+    count = torch.bincount((b.lengths[:, 0] - 1) * 8 + b.lengths[:, 1] - 1, minlength=64)
+    assert ((count - 1000).abs() < 6 * 1000**0.5).all()
+    assert set(map(tuple, A.make_batch("add", 200, (3, 4), generator=g()).lengths.tolist())) == {(3, 3), (3, 4), (4, 3), (4, 4)}
+    assert set(map(tuple, A.make_batch("mul", 200, [(2, 7)], generator=g()).lengths.tolist())) == {(2, 7)}
+    b = A.make_batch("add", 20_000, [(1, 2)], generator=g())
+    x = torch.tensor([int(A.decode(r).split("+")[0]) for r in b.ids])
+    assert set(x.tolist()) == set(range(1, 10))
+    first = torch.bincount(b.ids[:, 3] - 4, minlength=10)  # top digit of b
+    assert first[0] == 0 and ((first[1:] - 20_000 / 9).abs() < 6 * (20_000 / 9) ** 0.5).all()
+    with cluster.world("cpu") as w:
+        t = A.Trainer(tiny(batch=96, buckets=3, max_offset=5), w)
+        parts = t.batches()
+        again = t.batches()
+        widths = [(ids != A.PAD).sum(dim=1) for ids, _, _ in parts]
+        assert all(torch.equal(a, b) for p, q in zip(parts, again, strict=True) for a, b in zip(p, q, strict=True))
+        ends = [A._cells(96, 8, cluster.generator(0, 3, 0)).tolist()]
+        made = [[len(s) for s in A.decode(r).split("=")[0].split("+")] for ids, _, _ in parts for r in ids]
+        assert sorted(made) == sorted(ends[0]) and widths[0].max() < widths[2].max()
+        t.step = 1
+        assert not torch.equal(t.batches()[0][0][:, :4], parts[0][0][:, :4])
+
+
+def test_curriculum():
+    with cluster.world("cpu") as w:
+        t = A.Trainer(tiny(short=70, grow=29, batch=48), w)
+        for step, digits, offset in ((0, 1, 1), (30, 4, 30), (70, 8, 30), (500, 8, 30)):
+            t.step, most, largest = step, 0, 0
+            for ids, _, offsets in t.batches():
+                most = max(most, *(len(s) for r in ids for s in A.decode(r).split("=")[0].split("+")))
+                largest = max(largest, int(offsets.max()))
+            assert most == digits and offset - 6 <= largest <= offset
+
+
+# ---- the model
+
+
+def test_parameter_counts_of_the_paper():
+    paper = {**A.PRESETS["paper"], "compile": False}
+    for layers, want in ((16, 122_267_648), (8, 63_514_624), (4, 34_138_112), (2, 19_449_856), (1, 12_105_728)):
+        c = A.Config(**{**paper, "n_layer": layers, "recurrences": 16 // layers})
+        with torch.device("meta"):
+            model = A.ArithmeticTransformer(c)
+            nope = A.ArithmeticTransformer(replace(c, pos="nope"))
+            fire = A.ArithmeticTransformer(replace(c, pos="abacus+fire"))
+        count = lambda m: sum(p.numel() for p in m.parameters())
+        assert count(model) == want and count(model) - count(nope) == 524_288 and count(fire) - want == 595 * layers
+    with torch.device("meta"):
+        h200 = A.ArithmeticTransformer(A.Config(**A.PRESETS["h200"]))
+    assert 10.3e6 < sum(p.numel() for p in h200.parameters()) < 11.0e6
+    assert h200(torch.zeros(2, 304, dtype=torch.long, device="meta"), offset=1).shape == (2, 304, 19)
+
+
+@pytest.mark.parametrize("injection", A.INJECTIONS)
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_loop_and_injection(injection, norm):
+    c = tiny(n_layer=2, recurrences=3, injection=injection, norm=norm, pos="abacus+fire")
+    model, ids = A.ArithmeticTransformer(c).eval(), A.encode("12+345=753")[None]
+    e = model.embed(ids, 1)
+    x = e if injection in ("none", "first") else torch.zeros_like(e)
+    for _ in range(3):
+        for i, layer in enumerate(model.layers):
+            if injection == "layer" or (injection == "recurrence" and i == 0):
+                x = x + e
+            x = layer(x)
+    x = model.norm_out(model.head(x)) if norm == "post" else model.norm_out(x)
+    torch.testing.assert_close(model(ids), model.decoder(model.map(x) if norm == "post" else x))
+    torch.testing.assert_close(model(ids, 2, 1), model(ids, 3))
+    assert not torch.allclose(model(ids, 1), model(ids, 3))
+    model(ids, 1, 2).sum().backward()  # only the last recurrence has gradients
+    some = model.layers[1].qkv.weight.grad.clone()
+    model.zero_grad()
+    model(ids, 3).sum().backward()
+    assert not torch.allclose(some, model.layers[1].qkv.weight.grad)
+
+
+@pytest.mark.parametrize("pos", ["abacus", "learned", "nope", "rope", "fire", "abacus+fire", "abacus+rope"])
+def test_causal_and_padding_is_harmless(pos):
+    model = A.ArithmeticTransformer(tiny(pos=pos)).eval()
+    ids = A.make_batch("add", 6, 5, generator=g()).ids
+    whole = model(ids)
+    torch.testing.assert_close(model(ids[:, :9]), whole[:, :9])
+    torch.testing.assert_close(model(torch.nn.functional.pad(ids, (0, 7)))[:, : ids.shape[1]], whole)
+    shifted = model(ids, offset=3)
+    assert torch.allclose(shifted, whole) == ("abacus" not in pos)
+    swapped = model(ids[:, [1, 0, *range(2, ids.shape[1])]])[:, -1]
+    assert torch.allclose(swapped, whole[:, -1], atol=1e-6) is False or pos == "nope"
+
+
+def test_models_that_differ_in_positions_start_alike():
+    a, b = (A.ArithmeticTransformer(tiny(pos=p)).state_dict() for p in ("abacus", "rope"))
+    assert all(torch.equal(a[n], b[n]) for n in b) and set(a) - set(b) == {"abacus.table.weight"}
+
+
+def test_log_scale_and_rope():
+    c = tiny(pos="rope", logit_scale="log")
+    layer = A.Layer(c).double()
+    x = torch.randn(1, 6, 32, generator=g(), dtype=torch.float64)
+    q, k, v = layer.qkv(x).reshape(6, 3, 2, 16).permute(1, 2, 0, 3)  # (H, T, D) each
+    turn = torch.outer(torch.arange(6.0, dtype=torch.float64), 10000 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16))
+    spin = lambda z: torch.view_as_real(torch.complex(z[..., :8], z[..., 8:]) * torch.polar(torch.ones_like(turn), turn))
+    flat = lambda z: torch.cat([spin(z)[..., 0], spin(z)[..., 1]], dim=-1)
+    scale = torch.tensor([math.log(t + 2) / math.log(16) for t in range(6)], dtype=torch.float64)
+    s = flat(q) @ flat(k).transpose(1, 2) / 4 * scale[:, None]
+    y = s.masked_fill(torch.ones(6, 6).triu(1).bool(), -math.inf).softmax(-1) @ v
+    want = layer.out(y.permute(1, 0, 2).reshape(1, 6, 32))
+    torch.testing.assert_close(layer.attend(x), want, rtol=1e-5, atol=1e-6)  # angles are fp32
+
+
+def test_progressive_loss():
+    R, seen = 8, {A._depths(8, 1.0, g(s)) and tuple(A._depths(8, 1.0, g(s))[0]) for s in range(400)}
+    assert {n for n, _, _ in seen} == set(range(R)) and {k for _, k, _ in seen} == set(range(1, 5))
+    assert all(1 <= k <= min(R - n, 4) for n, k, _ in seen)
+    model = A.ArithmeticTransformer(tiny(recurrences=4)).eval()
+    b = A.make_batch("add", 8, 4, generator=g())
+    ce = lambda before, R: torch.nn.functional.cross_entropy(model(b.ids[:, :-1], R, before).flatten(0, 1), b.targets.flatten())
+    (n, k, _), = A._depths(4, 1.0, g(5))
+    torch.testing.assert_close(A.progressive_loss(model, b, 1.0, g(5)), ce(n, k))
+    torch.testing.assert_close(A.progressive_loss(model, b, 0.0, g(5)), ce(2, 2))
+    torch.testing.assert_close(A.progressive_loss(model, b, 0.25, g(5)), 0.25 * ce(n, k) + 0.75 * ce(2, 2))
+
+
+# ---- exact match
+
+
+@pytest.fixture(scope="module")
+def half_trained():
+    """A model that solves some 1- and 2-digit problems and fails others."""
+    with cluster.world("cpu") as w:
+        t = A.Trainer(tiny(d_model=64, n_head=4, ff=128, digits=2, steps=240, max_offset=2, lr=5e-3, cooldown=0.2, batch=64), w)
+        first = t.advance(log=True)["loss"]
+        while t.step < t.cfg.steps - 1:
+            t.advance(log=False)
+        return t.model.eval(), first, t.advance(log=True)["loss"]
+
+
+def test_one_pass_equals_decoding(half_trained):
+    model, first, last = half_trained
+    assert last < 0.6 * first
+    mixed = 0
+    for cell in ((1, 1), (1, 2), (2, 2), (2, 1), (3, 2)):
+        b = A.problems("add", *cell, 100)
+        prompt = b.ids[:, : sum(cell) + 2]
+        said = A.generate(model, prompt, 6)
+        want = [A.decode(r).split("=")[1] for r in b.ids]
+        by_token = [A.decode(r) == w and A.EOS in r for r, w in zip(said, want, strict=True)]
+        one_pass = A.score(model, b.ids, b.targets)
+        assert one_pass[:, 0].tolist() == by_token
+        assert torch.equal(one_pass[:, 0], one_pass[:, 1] & one_pass[:, 2])
+        assert A.exact_match(model, *cell, 100, "add") == pytest.approx(sum(by_token) / 100)
+        mixed += 5 < sum(by_token) < 95
+    assert mixed >= 2  # else the test above says little
+    one = A.generate(model, prompt[0], 6)
+    assert one.ndim == 1 and A.decode(one) == A.decode(said[0])
+    assert not model.training and A.exact_match(model.train(), 1, 1, 10) >= 0 and model.training
+    model.eval()
+
+
+def test_no_eos_or_more_after_it_is_wrong():
+    class Says:  # a model that answers 21 to everything: right for 4+8
+        training = False
+
+        def __init__(self, eos):
+            self.eos = eos
+
+        def __call__(self, ids):
+            at = (ids == A.EQUALS).cumsum(1).cumsum(1)  # 1 at "=", 2 at the next token
+            say = torch.where(at == 1, A.CHARS["2"], torch.where(at == 2, A.CHARS["1"], self.eos))
+            return torch.nn.functional.one_hot(say, 19).float()
+
+    ids = torch.cat([A.encode("4+8=21"), torch.tensor([A.EOS, A.PAD])])[None]
+    assert A.score(Says(A.EOS), ids, A.answer_targets(ids)).all()
+    assert A.score(Says(A.CHARS["1"]), ids, A.answer_targets(ids)).tolist() == [[False, True, False]]
+
+
+def test_grid(half_trained):
+    model = half_trained[0]
+    grid = A.evaluate_grid(model, (1, 2), (1, 2, 3), 50)
+    want = [[A.exact_match(model, i, j, 50) for j in (1, 2, 3)] for i in (1, 2)]
+    assert grid.tolist() == want and grid.std() > 0
