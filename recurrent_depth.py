@@ -469,6 +469,11 @@ class RecurrentDepthLM(nn.Module):
         exit       stops each row's iterations when the rule says so.
         ValueError: ids, num_steps, s0, labels or the cache do not fit (the message says how).
         """
+        if cache is not None and torch.is_grad_enabled():
+            if labels is not None:
+                raise ValueError("a cached pass carries no gradient: leave out labels or the cache, or use torch.no_grad()")
+            with torch.no_grad():
+                return self.forward(ids, num_steps, s0, None, cache, positions, exit)
         n, k = self._steps(num_steps, labels)
         self._check(ids, s0, labels, cache, positions)
         B, T = ids.shape
@@ -946,8 +951,8 @@ def load_weights(path: str | Path) -> RecurrentDepthLM:
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has no config.json. Give the folder that `train` or save_weights wrote.")
+    if not path.exists() or not (folder / "config.json").exists():
+        raise FileNotFoundError(f"{path} has no config.json. Give the folder that `train` or save_weights wrote.")
     if path.is_dir() and not index.exists() and not single.exists():
         raise FileNotFoundError(f"{folder} has no model.safetensors and no model.safetensors.index.json.")
     files = [single if path.is_dir() else path]
@@ -1013,15 +1018,21 @@ def retrofit(state_dict: dict[str, Tensor], llama_config: dict, split=(4, 8, 4),
         rope_base=llama_config.get("rope_theta", 1e4), rope_scaling=llama_config.get("rope_scaling") or {},
         tie_embeddings=False, block_class_name="LlamaBlock",
     )  # fmt: skip
-    embedding = state_dict["model.embed_tokens.weight"]
+
+    def given(name: str) -> Tensor:
+        if name not in state_dict:
+            raise ValueError(f"the state dict has no {name}. It needs Hugging Face's Llama names.")
+        return state_dict[name]
+
+    embedding = given("model.embed_tokens.weight")
     new = {
         "transformer.wte.weight": embedding.clone(),
-        "transformer.ln_f.weight": state_dict["model.norm.weight"].clone(),
+        "transformer.ln_f.weight": given("model.norm.weight").clone(),
         "lm_head.weight": state_dict.get("lm_head.weight", embedding).clone(),  # untied from here on
     }
     places = [("prelude", j, j) for j in range(p)] + [("core_block", j, n - c - R + j) for j in range(R)]
     for part, j, i in places + [("coda", j, n - c + j) for j in range(c)]:
-        old = lambda name, i=i: state_dict[f"model.layers.{i}.{name}.weight"]
+        old = lambda name, i=i: given(f"model.layers.{i}.{name}.weight")
         for ours, parts in {
             "norm_1": ["input_layernorm"], "norm_2": ["post_attention_layernorm"], "mlp.proj": ["mlp.down_proj"],
             "attn.Wqkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
