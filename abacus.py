@@ -9,7 +9,7 @@ import math
 import string
 import time
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -38,12 +38,12 @@ class Config:
     # the task
     task: str = opt("add", "what to compute", choices=TASKS)
     digits: int = opt(8, "most digits of an operand in training; for sort also the most elements")
-    short: int = opt(0, "steps over which the most digits grow from 1 to --digits; 0 is at once (published)")
+    short: int = opt(300, "steps over which the most digits grow from 1 to --digits; 0 is at once (published)")
     # positions
     pos: str = opt("abacus", "abacus, learned, nope, rope, fire, or several joined by +")
     max_offset: int = opt(30, "k, the largest random start of the digit counts in training")
     offset_per: str = opt("sample", "one start for each batch (published) or each sample", choices=("batch", "sample"))
-    grow: int = opt(0, "steps over which the largest start grows from 1 to --max-offset; 0 is at once (published)")
+    grow: int = opt(300, "steps over which the largest start grows from 1 to --max-offset; 0 is at once (published)")
     max_positions: int = opt(128, "rows of the tables of abacus and learned positions")
     # the model
     d_model: int = opt(128, "width")
@@ -56,18 +56,16 @@ class Config:
     logit_scale: str = opt("log", "of attention: none, or the logarithm of the context", choices=("none", "log"))
     state_init: str = opt("zero", "first state of the loop; noise is the published one", choices=("zero", "noise"))
     # training
-    steps: int = opt(600, "optimizer steps")
+    steps: int = opt(700, "optimizer steps")
     batch: int = opt(96, "examples per step, over all processes and buckets")
     buckets: int = opt(2, "parts of a batch sorted by length, each padded to its own longest example")
-    lr: float = opt(2e-3, "peak learning rate of AdamW")
+    lr: float = opt(3e-3, "peak learning rate of AdamW")
     warmup: int = opt(30, "steps of linear warm-up")
     cooldown: float = opt(0.4, "last part of the run, over which the rate falls to 0")
-    beta2: float = opt(0.98, "AdamW's second decay rate")
+    beta2: float = opt(0.95, "AdamW's second decay rate")
     weight_decay: float = opt(0.0, "of matrices")
     clip: float = opt(1.0, "largest norm of the gradient")
-    loss: str = opt(
-        "full", "gradients through all recurrences, or the published random depth", choices=("full", "prog")
-    )
+    loss: str = opt("full", "gradients through all depth, or the published random one", choices=("full", "prog"))
     alpha: float = opt(1.0, "with --loss prog, the share of the random depth in the loss")
     seed: int = opt(0, "seed of the weights and the data")
     seeds: int = opt(1, "train so many seeds, from --seed on")
@@ -82,8 +80,8 @@ class Config:
     minutes: float = opt(0.0, "train: save and stop after so long, to go on with --resume; 0 is no limit")
     # measuring
     lengths: tuple = opt((8, 10, 12, 14, 16, 20), "lengths n of the n+n problems in tables")
-    probe: tuple = opt((8, 10, 12), "lengths n of the n+n problems tried during training; best.pt is best at these")
-    probe_every: int = opt(50, "steps between those")
+    probe: tuple = opt((8, 10), "lengths n of the n+n problems tried during training; best.pt is best at these")
+    probe_every: int = opt(100, "steps between those")
     n: int = opt(200, "problems per length in tables")
     grid: int = opt(20, "most digits in heat maps")
     per_cell: int = opt(10, "problems per cell of a heat map")
@@ -99,24 +97,15 @@ class Config:
             raise ValueError(f"unknown position {bad[0]!r} in --pos {self.pos}; choose from {', '.join(ENCODINGS)}")
         if "nope" in kinds and len(kinds) > 1:
             raise ValueError(f"--pos {self.pos}: nope is the absence of all others and joins none")
-        least = (
-            "digits",
-            "max_offset",
-            "d_model",
-            "n_layer",
-            "n_head",
-            "ff",
-            "recurrences",
-            "steps",
-            "batch",
-            "buckets",
-        )
-        for name in (*least, "seeds", "log_every", "probe_every", "n", "max_positions", "per_cell", "grid"):
+        counts = "digits max_offset max_positions d_model n_layer n_head ff recurrences steps batch buckets seeds"
+        for name in (counts + " log_every probe_every n grid per_cell few few_steps").split():
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.d_model % self.n_head:
             fit = [str(h) for h in range(1, self.d_model + 1) if self.d_model % h == 0][:8]
             raise ValueError(f"--n-head {self.n_head} does not divide --d-model {self.d_model}; {', '.join(fit)} do")
+        if "rope" in kinds and self.d_model // self.n_head % 2:
+            raise ValueError(f"--pos rope turns pairs: --d-model / --n-head is {self.d_model // self.n_head}, not even")
         for name, allowed in (("task", TASKS), ("injection", INJECTIONS), ("norm", ("pre", "post"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(allowed)}")
@@ -127,13 +116,15 @@ class Config:
 PRESETS = {
     "laptop": {},
     "h200": {  # 100 + 100 digits after training on 20, within half an hour of one GPU
-        "digits": 20, "max_offset": 100, "max_positions": 512, "d_model": 512, "n_layer": 4, "n_head": 8, "ff": 1024,
-        "steps": 9000, "batch": 4096, "buckets": 4, "lr": 6e-4, "warmup": 270, "cooldown": 0.3, "save_every": 500,
+        "digits": 20, "short": 500, "max_offset": 100, "grow": 500, "max_positions": 512, "d_model": 512,
+        "n_layer": 4, "n_head": 8, "ff": 1024, "steps": 9000, "batch": 4096, "buckets": 4, "lr": 6e-4,
+        "warmup": 270, "cooldown": 0.3, "save_every": 500,
         "log_every": 50, "dtype": "bfloat16", "compile": True, "probe": (20, 30, 40, 60, 100), "probe_every": 250,
-        "n": 1000, "grid": 100, "per_cell": 100,
+        "beta2": 0.98, "n": 1000, "lengths": (20, 40, 60, 80, 100, 110, 120), "grid": 100, "per_cell": 100,
     },
     "paper": {  # the published shape and recipe, 8 layers x 2; the budget in steps is ours
-        "digits": 20, "max_offset": 100, "offset_per": "batch", "max_positions": 512, "d_model": 1024, "n_layer": 8,
+        "digits": 20, "short": 0, "max_offset": 100, "grow": 0, "offset_per": "batch", "max_positions": 512,
+        "d_model": 1024, "n_layer": 8, "beta2": 0.98, "n": 1000, "lengths": (20, 40, 60, 80, 100, 120),
         "n_head": 16, "ff": 1024, "norm": "post", "injection": "recurrence", "logit_scale": "none", "steps": 4500,
         "batch": 8192, "buckets": 4, "lr": 1e-4, "warmup": 450, "cooldown": 0.1, "weight_decay": 0.01, "clip": 0.5,
         "loss": "prog", "state_init": "noise", "save_every": 500, "log_every": 50, "dtype": "bfloat16",
@@ -185,16 +176,16 @@ def _check_offset(offset, batch: int, largest: int | None = None) -> Tensor:
     offset = torch.as_tensor(offset)
     if offset.ndim and offset.shape != (batch, 1):
         raise ValueError(f"offset must be a scalar or (batch, 1), got {tuple(offset.shape)} for {batch} rows")
-    for bad in offset[(offset < 1) | (offset > (largest or offset))].flatten()[:1].tolist():
-        raise ValueError(f"offset must be in 1..{largest}, got {bad}" if largest else f"offset must be >= 1, got {bad}")
+    if (bad := offset[(offset < 1) | (offset > (largest or offset))]).numel():
+        raise ValueError(
+            f"offset must be {f'in 1..{largest}' if largest else 'at least 1'}, got {int(bad.flatten()[0])}"
+        )
     return offset
 
 
-def _overflow(span: int, offset: int, rows: int) -> ValueError:
+def _overflow(span: int, offset: int, rows: int) -> BadInput:
     need = span + offset - 1
-    return ValueError(
-        f"digit span of {span} tokens with offset {offset} needs row {need} but the table has {rows} rows"
-    )
+    return BadInput(f"digit span of {span} tokens with offset {offset} needs row {need} but the table has {rows} rows")
 
 
 class AbacusEmbedding(nn.Module):
@@ -238,7 +229,7 @@ class AbacusEmbedding(nn.Module):
 
 
 class FIRE(nn.Module):
-    """Attention bias from relative distance (Li et al., arXiv:2310.04418): an MLP of log(|c (q - k)| + 1), normalised."""
+    """Attention bias (arXiv:2310.04418): an MLP of log(|c (q - k)| + 1), normalised by the query's place."""
 
     def __init__(self, heads: int, width: int = 32, c: float = 0.1, L: float = 512.0, eps: float = 1e-6):
         super().__init__()
@@ -253,7 +244,7 @@ class FIRE(nn.Module):
         near = (self.c * (i[:, None] - i)).abs()  # (T, T)
         far = (self.c * torch.maximum(i, (self.L_multiplier * self.init_L).abs())).abs()[:, None]  # (T, 1)
         x = (near + 1).log() / ((far + 1).log() + self.eps)  # (T, T)
-        return rearrange(self.mlp(x[..., None]), "q k h -> 1 h q k")
+        return rearrange(self.mlp(x[..., None].to(self.c.dtype)), "q k h -> 1 h q k")
 
 
 class GLU(nn.Module):
@@ -502,9 +493,7 @@ def _pack(pieces: list[tuple[Tensor | int, Tensor | int]], batch: int, width: in
     tokens, kept = torch.cat(tokens, dim=1), torch.cat(kept, dim=1)  # (B, all)
     place = kept.cumsum(dim=1) - 1
     width = width or (int(place.max()) + 1 if batch else 0)
-    rows = torch.full(
-        (batch, width + 1), PAD, dtype=torch.long, device=device
-    )  # the last column takes what is left out
+    rows = torch.full((batch, width + 1), PAD, dtype=torch.long, device=device)  # last column: what is left out
     return rows.scatter_(1, torch.where(kept, place, width), tokens)[:, :-1]
 
 
@@ -706,28 +695,22 @@ def evaluate_cells(model, cells: list, n: int, task: str = "add", seed: int = 0,
     """Accuracy of n problems of each cell (i, j): (cells, 3) float64, columns as in score. Collective: the ranks share
     the work, in pieces that do not depend on their number. what: names a progress bar."""
     device = next(model.parameters()).device
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    width = {c: example_width(task, *c) for c in cells}
-    order, parts, room = (
-        sorted(range(len(cells)), key=lambda c: width[cells[c]]),
-        [],
-        2**20 if device.type == "cuda" else 2**14,
-    )
-    for c in order:  # cells of like width together, up to `room` tokens
-        if not parts or (len(parts[-1]) + 1) * n * width[cells[c]] > room:
+    w = cluster.World(dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else None
+    room, parts = 2**20 if device.type == "cuda" else 2**14, []  # tokens in a piece
+    for c in sorted(range(len(cells)), key=lambda c: example_width(task, *cells[c])):  # like widths together
+        if not parts or (len(parts[-1]) + 1) * n * example_width(task, *cells[c]) > room:
             parts.append([])
         parts[-1].append(c)
+    parts = parts[w.rank :: w.size] if w else parts
     found = torch.zeros(len(cells), 3, dtype=torch.float64)
-    mine = parts[rank::size]
-    w = cluster.World(rank, size, device)
     with _evaluating(model):
-        for part in report.progress(mine, what, w) if what else mine:
+        for part in report.progress(parts, what, w) if w and what else parts:
             made = [problems(task, *cells[c], n, seed).ids for c in part]
             wide = max(x.shape[1] for x in made)
             ids = torch.cat([F.pad(x, (0, wide - x.shape[1]), value=PAD) for x in made]).to(device)
             right = score(model, ids, _targets(ids))  # (cells in the part * n, 3)
             found[part] = right.double().unflatten(0, (len(part), n)).mean(dim=1).cpu()
-    return cluster.total(found.to(device)).cpu() if size > 1 else found
+    return cluster.total(found.to(device)).cpu() if w else found
 
 
 def evaluate_grid(model, sizes_a, sizes_b, n: int = 100, task: str = "add", seed: int = 0, what: str = "") -> Tensor:
@@ -740,8 +723,8 @@ def evaluate_grid(model, sizes_a, sizes_b, n: int = 100, task: str = "add", seed
 
 # settings that change the numbers of a run; a checkpoint goes on only under the same ones
 FIXED = (
-    "task", "digits", "short", "pos", "max_offset", "offset_per", "grow", "max_positions", "d_model", "n_layer", "recurrences",
-    "n_head", "ff", "norm", "injection", "logit_scale", "state_init", "steps", "batch", "buckets", "lr", "warmup",
+    "task", "digits", "short", "pos", "max_offset", "offset_per", "grow", "max_positions", "d_model", "n_layer",
+    "recurrences", "n_head", "ff", "norm", "injection", "logit_scale", "state_init", "steps", "batch", "buckets", "lr", "warmup",
     "cooldown", "beta2", "weight_decay", "clip", "loss", "alpha", "seed", "dtype",
 )  # fmt: skip
 
@@ -836,40 +819,41 @@ class Trainer:
             return {}
         return {"loss": float(cluster.total(total) / count), "lr": lr, "grad_norm": float(norm)}
 
-    def probe(self, lengths: tuple) -> dict:
+    def probe(self, lengths: tuple, n: int = 64) -> dict:
         """Exact match, first digit and all other digits at n+n digits (sort: n elements of n digits). Collective."""
-        found = evaluate_cells(self.model, [(n, n) for n in lengths], min(64, self.cfg.n), self.cfg.task, self.cfg.seed)
-        names = ("exact", "first", "rest")
-        return {f"{name}_{n}": x for n, row in zip(lengths, found.tolist(), strict=True) for name, x in zip(names, row)}
+        found = evaluate_cells(self.model, [(m, m) for m in lengths], n, self.cfg.task, self.cfg.seed).tolist()
+        names = enumerate(("exact", "first", "rest"))
+        return {f"{name}_{m}": row[i] for i, name in names for m, row in zip(lengths, found, strict=True)}
 
     def run(self, log: report.Run, what: str, folder: str = "") -> "Trainer":
         """Train to the end, logging as `what`; with `folder`, checkpoint.pt and best.pt go there, also on SIGTERM."""
-        cfg, start = self.cfg, time.monotonic()
-        listen = cluster.stop_signal(self.w.device) if folder else contextlib.nullcontext(bool)  # bool() is False
-        with listen as stopping, report.progress(None, what, self.w, cfg.steps, self.step) as bar:
+        cfg, w, start, shown = self.cfg, self.w, time.monotonic(), ""
+        listen = cluster.stop_signal(w.device) if folder else contextlib.nullcontext(bool)  # bool() is False
+        with listen as stopping, report.progress(None, what, w, cfg.steps, self.step) as bar:
             while self.step < cfg.steps:
-                line = self.advance((self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.steps)
-                if self.step % cfg.probe_every == 0 or self.step == cfg.steps:
+                last = self.step + 1 == cfg.steps
+                line = self.advance((self.step + 1) % cfg.log_every == 0 or last)
+                if self.step % cfg.probe_every == 0 or last:
                     line |= self.probe(cfg.probe)
-                    seen = sum(line[f"exact_{n}"] for n in cfg.probe) / len(cfg.probe)
-                    if folder and seen >= self.best:
-                        self.best = seen
-                        if self.w.main:
+                    exact = [line[f"exact_{n}"] for n in cfg.probe]
+                    shown = " ".join(f"{n}+{n} {x:.2f}" for n, x in zip(cfg.probe, exact, strict=True))
+                    if folder and sum(exact) >= self.best:
+                        self.best = sum(exact)
+                        if w.main:
                             save_weights(f"{folder}/best.pt", self)
-                    self.shown = " ".join(f"{n}+{n} {line[f'exact_{n}']:.2f}" for n in cfg.probe)
                 if line:
                     log.log(run=what, step=self.step, **line)
-                    bar.set_postfix_str(f"{getattr(self, 'shown', '')} loss {line.get('loss', math.nan):.3f}")
+                    bar.set_postfix_str(f"{shown} loss {line.get('loss', math.nan):.3f}")
                 bar.update()
                 late = bool(cfg.minutes) and time.monotonic() - start > 60 * cfg.minutes
-                if cfg.minutes and self.w.size > 1:  # the ranks' clocks differ: one late, all late
-                    late = bool(cluster.total(torch.tensor(int(late), device=self.w.device)))
+                if cfg.minutes:  # the ranks' clocks differ: one late, all late
+                    late = bool(cluster.total(torch.tensor(int(late), device=w.device)))
                 stop = stopping() or late
-                if folder and (stop or self.step == cfg.steps or (cfg.save_every and self.step % cfg.save_every == 0)):
-                    if self.w.main:
-                        cluster.save(f"{folder}/checkpoint.pt", self.state())
-                if stop and self.step < cfg.steps:
-                    self.w.print(f"stopped after step {self.step} of {cfg.steps}; go on with --resume")
+                due = stop or last or (cfg.save_every and self.step % cfg.save_every == 0)
+                if folder and due and w.main:
+                    cluster.save(f"{folder}/checkpoint.pt", self.state())
+                if stop and not last:
+                    w.print(f"stopped after step {self.step} of {cfg.steps}; go on with --resume")
                     break
         return self
 
@@ -913,15 +897,15 @@ def train(cfg: Config, resume: str | None = None) -> list[dict]:
                 cluster.set_aside(path)
             run = report.Run(folder, c, w, state["step"] if state else 0)
             trainer = Trainer(c, w, state).run(run, f"seed {seed}", folder)
-            found.append({"seed": seed, "step": trainer.step, **trainer.probe(cfg.probe)})
+            found.append({"seed": seed, "step": trainer.step, **trainer.probe(cfg.probe, cfg.n)})
             run.log(final=seed, **found[-1])
-        rows = [[f"seed {f['seed']}", f["step"], *(f[f"exact_{n}"] for n in cfg.probe),
-                 *(f[f"{part}_{cfg.probe[-1]}"] for part in ("first", "rest"))] for f in found]  # fmt: skip
+        last = cfg.probe[-1]
+        keys = [*(f"exact_{n}" for n in cfg.probe), f"first_{last}", f"rest_{last}"]
+        rows = [[f"seed {f['seed']}", f["step"], *(f[k] for k in keys)] for f in found]
         if len(found) > 1:
             columns = list(zip(*rows, strict=True))[2:]
             for name, fn in (("mean", lambda c: sum(c) / len(c)), ("minimum", min), ("best", max)):
                 rows.append([name, "", *map(fn, columns)])
-        last = cfg.probe[-1]
         head = ["run", "step", *(f"{n}+{n}" for n in cfg.probe), f"first digit at {last}", f"others at {last}"]
         w.print(f"\nexact match, task {cfg.task}, trained on up to {cfg.digits} digits\n" + report.table(head, rows))
     return found
@@ -930,129 +914,115 @@ def train(cfg: Config, resume: str | None = None) -> list[dict]:
 # ---- demo: the claim
 
 
-def measured(cfg: Config, trainer: Trainer, run: report.Run, what: str, lengths: tuple, heat: int) -> dict:
-    """Accuracy over lengths, and over a grid of lengths up to `heat`; logged."""
-    found = evaluate_cells(trainer.model, [(n, n) for n in lengths], cfg.n, cfg.task, cfg.seed)
-    sizes = range(1, heat + 1)
-    grid = evaluate_grid(trainer.model, sizes, sizes, cfg.per_cell, cfg.task, cfg.seed, f"{what}: grid")
-    f = {"exact": dict(zip(lengths, found[:, 0].tolist(), strict=True)), "grid": grid.tolist(),
-         "first": dict(zip(lengths, found[:, 1].tolist(), strict=True)),
-         "rest": dict(zip(lengths, found[:, 2].tolist(), strict=True)),
-         "trained": grid[: cfg.digits, : cfg.digits].mean().item()}  # fmt: skip
-    run.log(measured=what, **f)
-    return f
-
-
-def compare(cfg: Config, w: cluster.World, run: report.Run, names: list, heat: int) -> dict:
-    """Train each (position, seed) of `names` alike, measure, print a table."""
-    found, rows = {}, []
-    for pos, seed in names:
-        start = time.process_time()
-        c = replace(cfg, pos=pos, seed=seed)
-        what = f"{pos}, <= {c.digits} digits, seed {seed}"
-        f = measured(c, Trainer(c, w).run(run, what), run, what, c.lengths, heat)
-        cpu = cluster.total(torch.tensor(time.process_time() - start, device=w.device)).item()
-        found[pos, seed] = f
-        rows.append([f"{pos}, seed {seed}", f["trained"], *f["exact"].values(), f["first"][c.lengths[0]],
-                     f["rest"][c.lengths[0]], f"{cpu:.0f}"])  # fmt: skip
-        w.print(f"{what}: {c.lengths[0]}+{c.lengths[0]} {f['exact'][c.lengths[0]]:.2f} ({cpu:.0f} CPU seconds)")
-    n = cfg.lengths[0]
-    head = [
-        "positions",
-        f"1..{cfg.digits} grid",
-        *(f"{n}+{n}" for n in cfg.lengths),
-        f"first digit {n}+{n}",
-        "others",
-        "CPU s",
-    ]
-    w.print(f"\nexact match after {cfg.steps} steps on up to {cfg.digits} digits\n{report.table(head, rows)}\n")
+def compare(cfg: Config, w: cluster.World, run: report.Run, methods: list[tuple[str, int]], heat: int) -> dict:
+    """Train each (position, seed) alike and measure it over cfg.lengths and on a grid up to `heat`."""
+    found, n, sizes = {}, cfg.lengths[0], range(1, heat + 1)
+    for pos, seed in methods:
+        start, what = time.process_time(), f"{pos}, <= {cfg.digits} digits, seed {seed}"
+        model = Trainer(replace(cfg, pos=pos, seed=seed), w).run(run, what).model
+        diagonal = evaluate_cells(model, [(m, m) for m in cfg.lengths], cfg.n, cfg.task, seed)
+        grid = evaluate_grid(model, sizes, sizes, cfg.per_cell, cfg.task, seed, f"{what}: grid")
+        exact, first, rest = (dict(zip(cfg.lengths, column, strict=True)) for column in diagonal.T.tolist())
+        f = {"exact": exact, "first": first, "rest": rest, "trained": grid[: cfg.digits, : cfg.digits].mean().item()}
+        f["cpu_seconds"] = cluster.total(torch.tensor(time.process_time() - start, device=w.device)).item()
+        found[pos, seed] = {**f, "grid": grid.tolist()}
+        run.log(measured=what, **found[pos, seed])
+        w.print(f"{what}: {n}+{n} {exact[n]:.2f} ({f['cpu_seconds']:.0f} CPU seconds)")
     return found
 
 
+def table(cfg: Config, found: dict) -> str:
+    """What compare() found, as text."""
+    n = cfg.lengths[0]
+    head = ["positions", f"1..{cfg.digits} grid", *(f"{m}+{m}" for m in cfg.lengths), f"first digit {n}+{n}", "others"]
+    rows = [
+        [f"{pos}, seed {s}", f["trained"], *f["exact"].values(), f["first"][n], f["rest"][n], f"{f['cpu_seconds']:.0f}"]
+        for (pos, s), f in found.items()
+    ]
+    title = f"exact match after {cfg.steps} steps on up to {cfg.digits} digits"
+    return f"\n{title}\n{report.table([*head, 'CPU s'], rows)}\n"
+
+
 def demo(cfg: Config, w: cluster.World) -> None:
-    """Abacus against other positions at equal budget, twice: where only Abacus learns, and where all do."""
-    run, rivals, n = report.Run(cfg.out, cfg, w), () if cfg.quick else cfg.rivals, cfg.lengths[0]
-    cfg = replace(cfg, buckets=max(cfg.buckets, 2))
-    found = compare(cfg, w, run, [("abacus", cfg.seed + s) for s in range(cfg.seeds)], cfg.grid)
-    stuck = [s for (_, s), f in found.items() if f["first"][n] < 0.9]
-    if len(stuck) == cfg.seeds:
-        w.print(f"seed {stuck} did not find the first digit of the answer; one more seed, and both are reported")
-        found |= compare(cfg, w, run, [("abacus", cfg.seed + cfg.seeds)], cfg.grid)
-    found |= compare(cfg, w, run, [(pos, cfg.seed) for pos in rivals], cfg.grid) if rivals else {}
-    if w.main:
-        layout = {"ncols": len(found), "figsize": (4.2 * len(found) + 1, 4.6), "squeeze": False}
-        w.print(report.picture(f"{cfg.out}/abacus.png", lambda f, a: draw(cfg, found, f, a[0]), **layout))
-    few = {}
+    """Abacus against other positions at equal budget, twice: where only Abacus learns to add, and where all do."""
+    run, rivals, last = report.Run(cfg.out, cfg, w), () if cfg.quick else cfg.rivals, cfg.seed + cfg.seeds
+    found = compare(cfg, w, run, [("abacus", seed) for seed in range(cfg.seed, last)], cfg.grid)
+    if all(f["first"][cfg.lengths[0]] < 0.9 for f in found.values()):
+        w.print("no seed found the first digit of the answer (see --help); one more seed, and all are reported")
+        found |= compare(cfg, w, run, [("abacus", last)], cfg.grid)
+    found |= compare(cfg, w, run, [(pos, cfg.seed) for pos in rivals], cfg.grid)
+    w.print(table(cfg, found))
+    few, part = {}, cfg.few_steps / cfg.steps
     if rivals:
-        w.print(f"\nthe same on up to {cfg.few} digits, which all can learn: is it extrapolation?")
-        small = replace(cfg, digits=cfg.few, steps=cfg.few_steps, lengths=(cfg.few, cfg.few + 1, cfg.few + 2))
+        w.print(f"the same on up to {cfg.few} digits, where the others learn to add as well: is it extrapolation?")
+        small = replace(
+            cfg, digits=cfg.few, steps=cfg.few_steps, short=int(part * cfg.short), grow=int(part * cfg.grow)
+        )
+        small = replace(small, lengths=tuple(range(cfg.few, cfg.few + 3)), probe=(cfg.few, cfg.few + 2))
         few = compare(small, w, run, [(pos, cfg.seed) for pos in ("abacus", *rivals)], cfg.few)
+        w.print(table(small, few))
+    if w.main:
+        layout = {"ncols": len(found), "figsize": (3.6 * len(found) + 1, 4), "squeeze": False}
+        w.print(report.picture(f"{cfg.out}/abacus.png", functools.partial(draw, cfg.digits, found), **layout))
     claim(cfg, w, run, found, few)
 
 
 def claim(cfg: Config, w: cluster.World, run: report.Run, found: dict, few: dict) -> None:
-    """The last line: what holds, by the best Abacus seed and the worst rival."""
-    n, far = cfg.lengths[0], [m for m in cfg.lengths if m > cfg.lengths[0]][:2]
+    """The last line: what holds, by the best Abacus seed and every rival."""
     ours = max((f["exact"] for (pos, _), f in found.items() if pos == "abacus"), key=lambda e: sum(e.values()))
-    theirs = {pos: f["exact"][far[0]] for (pos, _), f in found.items() if pos != "abacus"} if far else {}
-    here = "Abacus " + ", ".join(f"{m}+{m} {ours[m]:.2f}" for m in cfg.lengths)
-    if theirs:
-        here += f"; at {far[0]}+{far[0]} " + ", ".join(f"{pos} {x:.2f}" for pos, x in theirs.items())
+    far = cfg.lengths[min(1, len(cfg.lengths) - 1)]
+    rivals = {pos: f["exact"][far] for (pos, _), f in found.items() if pos != "abacus"}
+    here = "Abacus " + ", ".join(f"{m}+{m} {x:.2f}" for m, x in ours.items())
+    if rivals:
+        here += f"; at {far}+{far} " + ", ".join(f"{pos} {x:.2f}" for pos, x in rivals.items())
     if few:
         m = cfg.few + 2
-        here += f"; after <= {cfg.few} digits at {m}+{m} "
+        here += f"; trained on <= {cfg.few} digits, at {m}+{m} "
         here += ", ".join(f"{pos} {f['exact'][m]:.2f}" for (pos, _), f in few.items())
-    bars = [ours[m] >= b for m, b in zip((n, *far), (0.95, 0.85, 0.5), strict=False)]
+    bars = [x >= bar for x, bar in zip(ours.values(), (0.95, 0.85, 0.5), strict=False)]
     run.claim(
-        f"Abacus positions add beyond the {cfg.digits} digits trained on",
-        "trained on <= 20 digits: up to 99 % exact match at 100 digits",
+        f"Abacus positions add numbers longer than the {cfg.digits} digits of training",
+        "up to 99 % exact match at 100 digits after training on <= 20",
         here,
-        all(bars) and all(x <= 0.05 for x in theirs.values()),
-        f"{cfg.steps} steps of {cfg.batch}, width {cfg.d_model}, {cfg.n_layer} layers x {cfg.recurrences}, {w.device.type}",
+        all(bars) and all(x <= 0.05 for x in rivals.values()),
+        f"{cfg.steps} steps of {cfg.batch}, {cfg.n_layer} layers x {cfg.recurrences}, width {cfg.d_model}, {w.device.type}",
     )
 
 
-def draw(cfg: Config, found: dict, figure, axes) -> None:
-    """A heat map of exact match per method over both operand lengths; the training square is outlined."""
-    for ax, ((pos, seed), f) in zip(axes, found.items(), strict=True):
-        grid = torch.tensor(f["grid"])
-        size = len(grid)
-        image = ax.imshow(
-            grid.T, origin="lower", extent=(0.5, size + 0.5, 0.5, size + 0.5), vmin=0, vmax=1, cmap="viridis"
-        )
-        edge = cfg.digits + 0.5
-        ax.plot([0.5, edge, edge], [edge, edge, 0.5], color="white", lw=2)
-        ax.text(edge - 0.3, edge - 0.3, "trained", color="white", ha="right", va="top")
-        ax.set(xlabel="digits of a", ylabel="digits of b", title=pos if cfg.seed == seed else f"{pos}, seed {seed}")
-    figure.colorbar(image, ax=list(axes), label="exact match", shrink=0.8)
+def draw(digits: int, found: dict, figure, axes) -> None:
+    """A heat map of exact match per method over both operands' lengths; the lengths of training are outlined."""
+    for ax, ((pos, seed), f) in zip(axes[0], found.items(), strict=True):
+        grid, edge = torch.tensor(f["grid"]), digits + 0.5
+        extent = (0.5, len(grid) + 0.5) * 2
+        image = ax.imshow(grid.T, origin="lower", extent=extent, vmin=0, vmax=1, cmap="viridis")
+        ax.plot([0.5, edge, edge], [edge, edge, 0.5], color="red", lw=1.5)
+        ax.set(xlabel="digits of a", ylabel="digits of b", title=f"{pos}, seed {seed}")
+        ax.set(xlim=extent[:2], ylim=extent[:2])
+    figure.colorbar(image, ax=axes[0].tolist(), label="exact match", shrink=0.8)
 
 
 # ---- eval and bench
 
 
 def evaluate(cfg: Config, w: cluster.World) -> None:
-    """Try the weights of --model: a table over lengths, the longest diagonal, the grid, its picture, one sum spelled."""
+    """Try the weights of --model: a table over --lengths, the grid and its picture, and one problem token by token."""
     model = load_weights(cfg.model, cfg, w.device)
-    c = model.cfg
-    run = report.Run(f"{cfg.out}/eval", cfg, w)
-    found = evaluate_cells(model, [(n, n) for n in cfg.lengths], cfg.n, c.task, cfg.seed, "lengths")
-    rows = [[f"{n}+{n}", *row] for n, row in zip(cfg.lengths, found.tolist(), strict=True)]
+    c, run = model.cfg, report.Run(f"{cfg.out}/eval", cfg, w)
+    found = evaluate_cells(model, [(n, n) for n in cfg.lengths], cfg.n, c.task, cfg.seed, "lengths").tolist()
+    rows = [[f"{n}+{n}", *row] for n, row in zip(cfg.lengths, found, strict=True)]
     w.print(report.table(["digits", "exact match", "first digit", "all others"], rows))
     start, sizes = time.perf_counter(), range(1, cfg.grid + 1)
     grid = evaluate_grid(model, sizes, sizes, cfg.per_cell, c.task, cfg.seed, "grid")
-    seconds = time.perf_counter() - start
-    inside = grid[: c.digits, : c.digits].mean().item()
-    outside = (grid.sum() - grid[: c.digits, : c.digits].sum()).item() / max(
-        1, grid.numel() - min(c.digits, cfg.grid) ** 2
-    )
+    seconds, known = time.perf_counter() - start, torch.zeros_like(grid, dtype=torch.bool)
+    known[: c.digits, : c.digits] = True
     w.print(
-        f"grid 1..{cfg.grid}, {cfg.per_cell} problems a cell, {seconds:.1f} s: trained lengths {inside:.3f}, others {outside:.3f}"
+        f"grid 1..{cfg.grid}, {cfg.per_cell} problems a cell, {seconds:.1f} s: lengths of training "
+        f"{grid[known].mean():.3f}, others {grid[~known].mean():.3f}"
     )
-    run.log(lengths=dict(zip(cfg.lengths, found.tolist(), strict=True)), grid=grid.tolist(), seconds=seconds)
+    run.log(lengths=cfg.lengths, found=found, grid=grid.tolist(), seconds=seconds)
     if w.main:
-        shown = {(c.pos, c.seed): {"grid": grid.tolist()}}
-        layout = {"ncols": 1, "figsize": (6, 5), "squeeze": False}
-        w.print(report.picture(f"{cfg.out}/eval/grid.png", lambda f, a: draw(c, shown, f, a[0]), **layout))
+        paint = functools.partial(draw, c.digits, {(c.pos, c.seed): {"grid": grid.tolist()}})
+        w.print(report.picture(f"{cfg.out}/eval/grid.png", paint, figsize=(6, 5), squeeze=False))
     ids = problems(c.task, cfg.lengths[-1], cfg.lengths[-1], 1, cfg.seed).ids
     prompt, right = ids[:, : int((ids == EQUALS).nonzero()[0, 1]) + 1], decode(ids[0]).split("=")[1]
     said = decode(generate(model, prompt.to(w.device), len(right) + 2)[0])
@@ -1060,47 +1030,43 @@ def evaluate(cfg: Config, w: cluster.World) -> None:
 
 
 def bench(cfg: Config, w: cluster.World) -> None:
-    """Problems made per second, training steps against the matrix floor, one pass against token by token."""
+    """Problems made per second, training steps, and one pass against token by token, beside what limits them."""
     copy, flops = report.ceilings(w.device)
-    trainer, found = Trainer(cfg, w), {"device": report.device_name(w.device)}
-    model, step = trainer.model, trainer.step
-    tokens = sum(t.numel() for _, t, _ in trainer.batches())
-    active = cfg.recurrences * sum(p.numel() for p in model.layers.parameters())
-
-    def advance():
-        trainer.step = step
-        trainer.advance(log=False)
+    trainer, found = Trainer(cfg, w), {"device": report.device_name(w.device), "config": asdict(cfg)}
+    w.print(
+        f"{found['device']}; measured: copy {copy / 1e9:.1f} GB/s, fp32 matrix product {flops / 1e12:.3f} TFLOP/s\n"
+    )
 
     many = lambda task: make_batch(task, 4096, cfg.digits, w.device, cluster.generator(cfg.seed))
-    made = report.timed({t: lambda t=t: many(t) for t in TASKS}, w.device)
-    ids = {t: many(t).ids.numel() * 8 for t in TASKS}
-    rows = [
-        [t, f"{4096 / s:.3g}", f"{1e6 * ids[t] / copy:.0f}", f"{1e6 * s:.0f} ± {1e6 * d:.0f}"]
-        for t, (s, d) in made.items()
-    ]
+    made, rows = report.timed({t: functools.partial(many, t) for t in TASKS}, w.device), []
+    for t, (s, spread) in made.items():
+        floor = sum(2 * x.numel() * x.element_size() for x in many(t)[:2]) / copy  # written once, as a copy counts
+        rows.append([t, f"{4096 / s:.3g}", f"{s * 1e3:.2f} ± {spread * 1e3:.2f}", f"{floor * 1e3:.2f}"])
+    w.print(report.table([f"<= {cfg.digits} digits", "problems/s", "ms per 4096", "floor ms"], rows))
+    found["problems per second"] = {t: 4096 / s for t, (s, _) in made.items()}
+
+    trainer.step = max(cfg.short, cfg.grow)  # lengths as after the curriculum
+    tokens = sum(targets.numel() for _, targets, _ in trainer.batches()) / w.size
+    advance = lambda: (trainer.advance(log=False), setattr(trainer, "step", trainer.step - 1))
+    s, spread = report.timed({"step": advance}, w.device, repeats=5)["step"]
+    floor = 6 * cfg.recurrences * sum(p.numel() for p in trainer.model.layers.parameters()) * tokens / flops
+    found |= {"step seconds": s, "step floor": floor, "examples per second": cfg.batch / s}
     w.print(
-        f"{found['device']}, <= {cfg.digits} digits: problems made\n"
-        + report.table(["task", "per second", "floor µs per 4096 (one write)", "µs"], rows)
+        f"\ntraining: {cfg.batch / s:.0f} examples/s, {s * 1e3:.0f} ± {spread * 1e3:.0f} ms a step; "
+        f"floor, its matrix products at the measured rate: {floor * 1e3:.0f} ms ({floor / s:.0%})"
     )
-    found["made per second"] = {t: 4096 / s for t, (s, _) in made.items()}
-    s, d = report.timed({"step": advance}, w.device, repeats=5)["step"]
-    floor = 6 * active * tokens / w.size / flops
-    w.print(f"\ntraining: {cfg.batch / s:.0f} examples/s, {s * 1e3:.0f} ± {d * 1e3:.0f} ms a step; floor (its matrix products at the "
-            f"measured {flops / 1e12:.2f} TFLOP/s) {floor * 1e3:.0f} ms, {floor / s:.0%}")  # fmt: skip
-    found["step seconds"], found["step floor"] = s, floor
-    b = problems(cfg.task, cfg.grid, cfg.grid, cfg.per_cell)
+
+    model, b = trainer.model, problems(cfg.task, cfg.grid, cfg.grid, cfg.n)
     ids, targets = b.ids.to(w.device), b.targets.to(w.device)
     prompt, new = ids[:, : int((ids[0] == EQUALS).nonzero()[0]) + 1], int((targets != -100).sum(dim=1).max())
-    model.eval()
-    cases = {
-        "one pass": torch.no_grad()(lambda: score(model, ids, targets)),
-        "token by token": lambda: generate(model, prompt, new, eos=-1),
-    }
-    t = report.timed(cases, w.device, repeats=7)
-    speed = t["token by token"][0] / t["one pass"][0]
-    w.print(f"\n{cfg.per_cell} problems of {cfg.grid}+{cfg.grid}: one pass {t['one pass'][0] * 1e3:.1f} ms, token by token "
-            f"{t['token by token'][0] * 1e3:.1f} ms, {speed:.1f} x")  # fmt: skip
-    found["one pass against token by token"] = speed
+    one = lambda: evaluate_cells(model, [(cfg.grid, cfg.grid)], cfg.n, cfg.task)
+    cases = {"one pass": one, "token by token": lambda: generate(model, prompt, new, eos=-1)}
+    (s, spread), (slow, wide) = report.timed(cases, w.device, repeats=5).values()
+    found["one pass against token by token"] = slow / s
+    w.print(
+        f"\n{cfg.n} problems of {cfg.grid}+{cfg.grid}: one pass {s * 1e3:.0f} ± {spread * 1e3:.0f} ms, problems made "
+        f"included; token by token, {new} passes, {slow * 1e3:.0f} ± {wide * 1e3:.0f} ms: {slow / s:.1f} x"
+    )
     if w.main:
         report.write_json(f"{cfg.out}/bench.json", found)
 

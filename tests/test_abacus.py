@@ -161,10 +161,14 @@ def test_batches_of_or_and_sort():
     for ids, (m, n) in zip(b.ids.tolist(), b.lengths.tolist(), strict=True):
         question, answer = (text := A.decode(ids)).split("=")
         items = [(e[0], int(e[2:][::-1])) for e in question.split(",")]
-        assert len(items) == m and all(len(str(v)) == len(e) - 2 for (_, v), e in zip(items, question.split(","), strict=True))
+        assert len(items) == m and all(
+            len(str(v)) == len(e) - 2 for (_, v), e in zip(items, question.split(","), strict=True)
+        )
         assert answer == ",".join(label for label, _ in sorted(items, key=lambda e: e[1]))  # Python's sort is stable
         assert max(len(str(v)) for _, v in items) <= n and len(text) + 1 <= A.example_width("sort", m, n)
-        assert [A.LABELS.index(label) for label, _ in items] == [(A.LABELS.index(items[0][0]) + e) % 51 for e in range(m)]
+        assert [A.LABELS.index(label) for label, _ in items] == [
+            (A.LABELS.index(items[0][0]) + e) % 51 for e in range(m)
+        ]
         ties += len({v for _, v in items}) < m
     assert ties > 100
     assert A.encode("A:23,B:5=B,A").max() < A.vocab_size("sort") == 72
@@ -174,7 +178,12 @@ def test_lengths_are_uniform_and_buckets_keep_them():
     b = A.make_batch("add", 64_000, 8, generator=g())
     count = torch.bincount((b.lengths[:, 0] - 1) * 8 + b.lengths[:, 1] - 1, minlength=64)
     assert ((count - 1000).abs() < 6 * 1000**0.5).all()
-    assert set(map(tuple, A.make_batch("add", 200, (3, 4), generator=g()).lengths.tolist())) == {(3, 3), (3, 4), (4, 3), (4, 4)}
+    assert set(map(tuple, A.make_batch("add", 200, (3, 4), generator=g()).lengths.tolist())) == {
+        (3, 3),
+        (3, 4),
+        (4, 3),
+        (4, 4),
+    }
     assert set(map(tuple, A.make_batch("mul", 200, [(2, 7)], generator=g()).lengths.tolist())) == {(2, 7)}
     b = A.make_batch("add", 20_000, [(1, 2)], generator=g())
     x = torch.tensor([int(A.decode(r).split("+")[0]) for r in b.ids])
@@ -270,8 +279,12 @@ def test_log_scale_and_rope():
     layer = A.Layer(c).double()
     x = torch.randn(1, 6, 32, generator=g(), dtype=torch.float64)
     q, k, v = layer.qkv(x).reshape(6, 3, 2, 16).permute(1, 2, 0, 3)  # (H, T, D) each
-    turn = torch.outer(torch.arange(6.0, dtype=torch.float64), 10000 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16))
-    spin = lambda z: torch.view_as_real(torch.complex(z[..., :8], z[..., 8:]) * torch.polar(torch.ones_like(turn), turn))
+    turn = torch.outer(
+        torch.arange(6.0, dtype=torch.float64), 10000 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    )
+    spin = lambda z: torch.view_as_real(
+        torch.complex(z[..., :8], z[..., 8:]) * torch.polar(torch.ones_like(turn), turn)
+    )
     flat = lambda z: torch.cat([spin(z)[..., 0], spin(z)[..., 1]], dim=-1)
     scale = torch.tensor([math.log(t + 2) / math.log(16) for t in range(6)], dtype=torch.float64)
     s = flat(q) @ flat(k).transpose(1, 2) / 4 * scale[:, None]
@@ -286,8 +299,10 @@ def test_progressive_loss():
     assert all(1 <= k <= min(R - n, 4) for n, k, _ in seen)
     model = A.ArithmeticTransformer(tiny(recurrences=4)).eval()
     b = A.make_batch("add", 8, 4, generator=g())
-    ce = lambda before, R: torch.nn.functional.cross_entropy(model(b.ids[:, :-1], R, before).flatten(0, 1), b.targets.flatten())
-    (n, k, _), = A._depths(4, 1.0, g(5))
+    ce = lambda before, R: torch.nn.functional.cross_entropy(
+        model(b.ids[:, :-1], R, before).flatten(0, 1), b.targets.flatten()
+    )
+    ((n, k, _),) = A._depths(4, 1.0, g(5))
     torch.testing.assert_close(A.progressive_loss(model, b, 1.0, g(5)), ce(n, k))
     torch.testing.assert_close(A.progressive_loss(model, b, 0.0, g(5)), ce(2, 2))
     torch.testing.assert_close(A.progressive_loss(model, b, 0.25, g(5)), 0.25 * ce(n, k) + 0.75 * ce(2, 2))
@@ -300,7 +315,9 @@ def test_progressive_loss():
 def half_trained():
     """A model that solves some 1- and 2-digit problems and fails others."""
     with cluster.world("cpu") as w:
-        t = A.Trainer(tiny(d_model=64, n_head=4, ff=128, digits=2, steps=240, max_offset=2, lr=5e-3, cooldown=0.2, batch=64), w)
+        t = A.Trainer(
+            tiny(d_model=64, n_head=4, ff=128, digits=2, steps=240, max_offset=2, lr=5e-3, cooldown=0.2, batch=64), w
+        )
         first = t.advance(log=True)["loss"]
         while t.step < t.cfg.steps - 1:
             t.advance(log=False)
@@ -351,3 +368,194 @@ def test_grid(half_trained):
     grid = A.evaluate_grid(model, (1, 2), (1, 2, 3), 50)
     want = [[A.exact_match(model, i, j, 50) for j in (1, 2, 3)] for i in (1, 2)]
     assert grid.tolist() == want and grid.std() > 0
+
+
+# ---- training
+
+
+def _steps(rank, size, out):
+    torch.set_default_dtype(torch.float64)
+    w = cluster.World(rank, size, torch.device("cpu"))
+    for name, over in CASES.items():
+        t = A.Trainer(tiny(batch=24, buckets=3, recurrences=4, max_offset=9, clip=0.1, **over), w)
+        lines = [t.advance(log=True) for _ in range(3)]
+        made = A.make_batch("add", 24, 8, generator=g())
+        counts = [(made.targets[r::2] != -100).sum() for r in range(2)]
+        assert counts[0] != counts[1]  # uneven counts on two ranks
+        cells = A.evaluate_cells(t.model, [(1, 1), (1, 2), (5, 3)], 40)
+        if rank == 0:
+            torch.save({"model": t.model.state_dict(), "lines": lines, "cells": cells}, f"{out}/{name}{size}.pt")
+
+
+CASES = {
+    "plain": {},
+    "fire": {"pos": "abacus+fire", "offset_per": "batch"},
+    "prog": {"loss": "prog", "alpha": 0.5, "injection": "recurrence", "norm": "post"},
+    "first": {"loss": "prog", "injection": "first", "state_init": "zero"},
+}
+
+
+def test_two_ranks_match_one(tmp_path):
+    for size in (1, 2):
+        run_ranks(_steps, size, tmp_path, str(tmp_path))
+        (tmp_path / "store").unlink(missing_ok=True)
+    for name in CASES:
+        one, two = (torch.load(tmp_path / f"{name}{size}.pt") for size in (1, 2))
+        for a, b in zip(one["lines"], two["lines"], strict=True):
+            assert a == pytest.approx(b, rel=1e-9)
+        for n, p in one["model"].items():
+            torch.testing.assert_close(p, two["model"][n], rtol=1e-6, atol=1e-8)  # Adam divides by tiny roots at first
+        assert torch.equal(one["cells"], two["cells"])
+
+
+SMALL = (
+    "train",
+    *"--d-model 32 --n-head 2 --ff 32 --n-layer 1 --digits 2 --max-offset 3 --batch 16 --device cpu".split(),
+)
+SMALL += tuple("--probe 2 3 --probe-every 10 --log-every 3 --save-every 5 --steps 60 --short 20 --n 16".split())
+
+
+def _metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[1:]]
+
+
+def test_kill_all_ranks_and_resume(tmp_path):
+    extra = ("--injection", "recurrence", "--state-init", "noise", "--loss", "prog")  # all that draws random numbers
+    whole = run_script("abacus.py", *SMALL, *extra, "--out", str(tmp_path / "whole"))
+    assert whole.returncode == 0 and "exact match, task add" in whole.stdout, whole.stderr
+    there = tmp_path / "cut" / "seed0"
+    ranks = start_ranks(1, "abacus.py", *SMALL, *extra, "--out", str(tmp_path / "cut"))
+    until = time.monotonic() + 100
+    while not (there / "checkpoint.pt.previous").exists() and time.monotonic() < until and ranks[0].poll() is None:
+        time.sleep(0.02)
+    kill(ranks, signal.SIGKILL)
+    at = cluster.load(there / "checkpoint.pt")["step"]
+    assert 10 <= at < 60
+    done = run_script("abacus.py", *SMALL, *extra, "--out", str(tmp_path / "cut"), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert _metrics(there) == _metrics(tmp_path / "whole" / "seed0")
+    a, b = (cluster.load(tmp_path / d / "seed0" / "checkpoint.pt") for d in ("whole", "cut"))
+    assert all(torch.equal(p, b["model"][n]) for n, p in a["model"].items()) and a["best"] == b["best"]
+    other = run_script(
+        "abacus.py", *SMALL, *extra, "--out", str(tmp_path / "cut"), "--resume", "--lr", "0.5", "--ff", "64"
+    )
+    assert other.returncode == 2 and "Traceback" not in other.stderr
+    assert (
+        "--ff 32 (now 64)" in other.stderr and "--lr 0.002 (now 0.5)" in other.stderr and "--seed" not in other.stderr
+    )
+    # the weights left behind, tried by eval
+    best = str(there / "best.pt")
+    tried = run_script(
+        "abacus.py", "eval", "--model", best, "--lengths", "1", "2", "--n", "16", "--grid", "3", "--per-cell", "4",
+        "--out", str(tmp_path / "e"), "--device", "cpu",
+    )  # fmt: skip
+    assert tried.returncode == 0 and "grid 1..3" in tried.stdout and "=" in tried.stdout.splitlines()[-1], tried.stderr
+    assert Path(best).stat().st_size < 60_000
+
+
+def test_time_limit_stops_two_ranks_and_seeds_resume(tmp_path):
+    out = ("--out", str(tmp_path), "--seeds", "2", "--steps", "40")
+    said = finish(start_ranks(2, "abacus.py", *SMALL, *out, "--minutes", "0.000001"))
+    assert "stopped after step 1 of 40; go on with --resume" in said[0] and said[1] == ""
+    done = run_script("abacus.py", *SMALL, *out, "--resume")  # on another number of ranks
+    assert done.returncode == 0, done.stderr
+    assert all(word in done.stdout for word in ("seed 0", "seed 1", "mean", "minimum", "best"))
+    assert cluster.load(tmp_path / "seed1" / "checkpoint.pt")["step"] == 40
+
+
+def test_steps_may_change_while_the_rate_is_flat():
+    c = tiny(steps=100, cooldown=0.4)
+    with cluster.world("cpu") as w:
+        t = A.Trainer(c, w)
+        t.step = 50
+        A.check_resume(t.state(), replace(c, steps=90))
+        with pytest.raises(BadInput, match=r"--steps 100 \(now 80\)"):
+            A.check_resume(t.state(), replace(c, steps=80))
+
+
+@pytest.mark.parametrize("task", ["sub", "mul", "or", "sort"])
+def test_other_tasks_learn(task):
+    with cluster.world("cpu") as w:
+        t = A.Trainer(tiny(task=task, digits=2, steps=60, max_offset=3, lr=5e-3, cooldown=0.2, batch=32), w)
+        first, last = t.advance(log=True)["loss"], 0
+        while t.step < 60:
+            last = t.advance(log=t.step > 57).get("loss")
+        assert last < 0.8 * first
+        assert 0 <= A.exact_match(t.model, 2, 2, 20, task) <= 1
+
+
+# ---- bad input
+
+
+ids = torch.zeros(2, 5, dtype=torch.long)
+table = A.AbacusEmbedding(A.DIGITS, 4, 32, 100)
+many = torch.full((1, 40), 7)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: table(many, offset=16), ValueError, "digit span of 40 tokens with offset 16 needs row 55 but the table has 32 rows"),
+        (lambda: A.ArithmeticTransformer(A.Config(digits=39, max_offset=16, max_positions=32)), ValueError,
+         "digit span of 40 tokens with offset 16 needs row 55 but the table has 32 rows"),
+        (lambda: A.ArithmeticTransformer(A.Config(task="mul", digits=50)), ValueError, "digit span of 100 tokens"),
+        (lambda: A.digit_positions(torch.zeros(7, dtype=torch.long), A.DIGITS), ValueError, r"shape \(batch, time\), got \(7,\)"),
+        (lambda: table(torch.zeros(7, dtype=torch.long)), ValueError, r"ids must have shape \(batch, time\), got \(7,\)"),
+        (lambda: A.ArithmeticTransformer(tiny())(torch.zeros(7, dtype=torch.long)), ValueError, r"got \(7,\)"),
+        (lambda: A.digit_positions(ids.float(), A.DIGITS), TypeError, "torch.float32"),
+        (lambda: A.digit_positions(ids > 0, A.DIGITS), TypeError, "torch.bool"),
+        (lambda: A.encode("12+ 3="), ValueError, "space at position 3: numbers must be written without spaces"),
+        (lambda: A.encode("12+3=?"), ValueError, r"'\?' at position 5"),
+        (lambda: A.digit_positions(ids, range(9)), ValueError, "digit_ids must be ten distinct token ids, got 9"),
+        (lambda: A.AbacusEmbedding([4] * 10, 4), ValueError, "ten distinct token ids, got 1"),
+        (lambda: table(ids, offset=0), ValueError, "offset must be in 1..100, got 0"),
+        (lambda: table(ids, offset=torch.tensor([[3], [101]])), ValueError, "offset must be in 1..100, got 101"),
+        (lambda: A.digit_positions(ids, A.DIGITS, 0), ValueError, "offset must be at least 1, got 0"),
+        (lambda: table(ids, offset=ids + 1), ValueError, r"offset must be a scalar or \(batch, 1\)"),
+        (lambda: table(ids, offset=torch.ones(2, dtype=torch.long)), ValueError, r"offset must be a scalar or \(batch, 1\)"),
+        (lambda: A.answer_targets(torch.stack([*[A.encode("1+1=2")] * 3, A.encode("1+1+2")])), ValueError,
+         "row 3 has 0 '=' tokens, expected 1"),
+        (lambda: A.answer_targets(A.encode("1=1=2")[None]), ValueError, "row 0 has 2 '=' tokens, expected 1"),
+        (lambda: A.format_example("+", -3, 5), ValueError, "'-3'"),
+        (lambda: A.format_example("+", "five", 5), ValueError, "'five'"),
+        (lambda: A.format_example("+", 5, "007"), ValueError, "'007'"),
+        (lambda: A.format_example("+", 5, ""), ValueError, "''"),
+        (lambda: A.format_example("*", 5, 5), ValueError, r"'\*' is not one of"),
+        (lambda: A.ArithmeticTransformer(tiny())(ids, recurrences=0), ValueError, "recurrences must be at least 1, got 0"),
+        (lambda: A.Config(recurrences=0), ValueError, "--recurrences must be at least 1, got 0"),
+        (lambda: A.Config(n_head=3), ValueError, "--n-head 3 does not divide --d-model 128; 1, 2, 4, 8"),
+        (lambda: A.Config(pos="abakus"), ValueError, "'abakus'.*abacus, learned, nope, rope, fire"),
+        (lambda: A.Config(pos="nope+abacus"), ValueError, "joins none"),
+        (lambda: A.Config(injection="once"), ValueError, "none, first, recurrence, layer"),
+        (lambda: A.Config(cooldown=2.0), ValueError, "between 0 and 1"),
+        (lambda: A.AbacusEmbedding(A.DIGITS, 4, offset_per="token"), ValueError, "batch or sample, got 'token'"),
+        (lambda: A.make_batch("div", 3), ValueError, "'div'; choose from add, sub, mul, or, sort"),
+        (lambda: A.make_batch("add", 3, 0), ValueError, "lengths must be"),
+        (lambda: A.make_batch("add", 3, (4, 2)), ValueError, "lengths must be"),
+        (lambda: A.make_batch("sort", 3, [(60, 2)]), ValueError, "60 elements need as many labels, there are 51"),
+        (lambda: A.ArithmeticTransformer(tiny(pos="learned", max_positions=4))(ids), ValueError, "5 tokens exceed the 4"),
+    ],
+)  # fmt: skip
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_one_check_costs_nothing_when_it_cannot_fail():
+    assert table(many[:, :31], offset=1).shape == (1, 31, 4)  # row 31 is the last
+    with pytest.raises(ValueError, match="needs row 32 but the table has 32 rows"):
+        table(many[:, :32], offset=1)
+    long = torch.full((1, 60), 14)
+    assert table(long, offset=100).shape == (1, 60, 4)  # no digits: nothing overflows
+
+
+def test_bad_command_lines(tmp_path):
+    for over, message in (
+        ({"resume": True}, "Train without --resume first"),
+        ({"batch": 97}, "--batch 97 does not divide over 1 processes x --buckets 2"),
+        ({"max_offset": 200}, "needs row 208 but the table has 128 rows"),
+    ):
+        with pytest.raises((BadInput, OSError), match=message):  # the kinds that cli.run prints as one line
+            A.train(tiny(out=str(tmp_path), **over))
+    done = run_script("abacus.py", "eval", "--model", str(tmp_path / "none.pt"), "--device", "cpu")
+    assert done.returncode == 2 and "no checkpoint at" in done.stderr and "Traceback" not in done.stderr
