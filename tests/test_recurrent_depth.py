@@ -432,7 +432,7 @@ def test_diffusion_forcing_equals_greedy_where_the_core_converges():
     want, _ = R.generate(m, prompt, 20, 32)
     for wave in (128, 3):
         got, stats = R.diffusion_forcing(m, prompt, 20, wave=wave, momentum=0.0, threshold=0.01)
-        assert torch.equal(got, want) and stats["unfrozen"] == 0 and stats["iterations"] == 4 * stats["calls"]
+        assert torch.equal(got, want) and stats["unfrozen"] == 0 and stats["serial"] == 4 * stats["calls"]
     few, stats = R.diffusion_forcing(m, prompt, 20, max_calls=3)
     assert stats["calls"] == 3 and stats["unfrozen"] > 0
     with pytest.raises(ValueError, match="one row"):
