@@ -79,11 +79,11 @@ class Config:
     inter_bw: float = opt(0.0, "plan: GB/s of a node's network, of machine other")
     intra_bw: float = opt(0.0, "plan: GB/s of a ring inside a node, where the table has none")
     alpha: float = opt(0.0, "plan: seconds of latency per collective and member")
-    min_tp: int = opt(1, "plan: least Gx Gy Gz, so that the model fits in memory")
+    min_tp: int = opt(0, "plan: least Gx Gy Gz, so that the model fits in memory; 0: enough for 40 GB")
     top: int = opt(10, "plan: grids to print")
 
     def __post_init__(self):
-        for name in ("ranks", "steps", "batch", "accum", "world", "sequences", "top", "log_every", "min_tp"):
+        for name in ("ranks", "steps", "batch", "accum", "world", "sequences", "top", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if len(self.grid) != 4 or min(self.grid) < 0 or sum(g == 0 for g in self.grid) > 1:
@@ -980,6 +980,11 @@ PRESETS = {
 }  # fmt: skip
 
 
+MIN_TP = {  # least Gx Gy Gz on 40 GB, from the released benchmark scripts
+    "5B": 4, "10B": 8, "20B": 16, "40B": 32, "60B": 64, "80B": 64, "160B": 128, "320B": 256, "640B": 512,
+}  # fmt: skip
+
+
 def _attention(qkv: Tensor, angle: Tensor | None, H: int, Hk: int, D: int) -> Tensor:
     """Causal attention of this rank's heads. qkv (B, T, (H + 2 Hk) D) -> (B, T, H D); no communication."""
     q, k, v = qkv.split([H * D, Hk * D, Hk * D], dim=-1)
@@ -1395,27 +1400,30 @@ def volume(cfg: GPTConfig, rows: int, dims: tuple) -> dict:
     return {key: (c, e) for key, (c, e) in out.items()}
 
 
-def calibrate(grid: Grid, small: int = 256, large: int = 2**18, repeats: int = 7) -> Machine:
+def calibrate(grid: Grid, small: int = 256, large: int = 2**18, repeats: int = 9) -> Machine:
     """This machine's latency and bandwidth per collective and number of ranks, all sibling groups running. Collective.
 
-    small, large: elements (fp32) of the two message sizes between which the line is laid.
+    small, large: elements (fp32) of the two message sizes between which the line is laid. A matrix product runs before
+    every call, as in a step, so that ranks arrive unevenly; its own time is taken off.
     """
     ranks, rates = range(grid.size), {}
     for n in (n for n in range(2, grid.size + 1) if grid.size % n == 0):
         g = Grid(1, 1, n, grid.size // n, ranks=ranks)
         if not g.member:
             continue
-        x = {size: torch.ones(size // n * n, device=g.device) for size in (small, large)}
+        x, a = {size: torch.ones(size // n * n, device=g.device) for size in (small, large)}, torch.randn(256, 256)
+        a = a.to(g.device)
         calls = {
             "all_reduce": lambda x, g=g: g.all_reduce(x, "z", dist.ReduceOp.MAX),
             "all_gather": lambda x, g=g, n=n: g.all_gather(x[: len(x) // n])[1].wait(),
             "reduce_scatter": lambda x, g=g: g.reduce_scatter(x)[1].wait(),
         }
-        cases = {(kind, size): functools.partial(fn, x[size]) for kind, fn in calls.items() for size in x}
-        took = {case: t for case, (t, _) in report.timed(cases, g.device, repeats).items()}
+        cases = {(kind, size): lambda fn=fn, x=x[size], a=a: (a @ a, fn(x)) for kind, fn in calls.items() for size in x}
+        took = report.timed({"product": lambda a=a: a @ a, **cases}, g.device, repeats)
+        took = {case: t - took["product"][0] for case, (t, _) in took.items()}
         for kind in calls:
             wire = 4 * (2 if kind == "all_reduce" else 1) * (n - 1) / n  # bytes per element
-            beta = wire * (large - small) / max(1e-9, took[kind, large] - took[kind, small])
+            beta = wire * (large - small) / max(1e-6, took[kind, large] - took[kind, small])
             rates[kind, n] = (max(0.0, took[kind, small] - wire * small / beta), beta)
     return Machine(grid.size, 1.0, intra_bw=1.0, rates=rates)
 
@@ -1958,7 +1966,8 @@ def plan(cfg: Config) -> None:
     m = replace(m, intra_bw=cfg.intra_bw, alpha=cfg.alpha)
     c = replace(PRESETS[cfg.model], checkpoint=True, seq=cfg.seq or PRESETS[cfg.model].seq)
     try:
-        best = rank_configs(c, cfg.world, cfg.sequences, m, min_tp=cfg.min_tp, top_k=cfg.top, c_fwd=2)
+        least = cfg.min_tp or MIN_TP.get(cfg.model, 1)
+        best = rank_configs(c, cfg.world, cfg.sequences, m, min_tp=least, top_k=cfg.top, c_fwd=2)
     except ValueError as e:
         raise BadInput(str(e)) from e
     names = ("ag_z", "rs_z", "ar_fwd", "ar_bwd", "ar_data")
