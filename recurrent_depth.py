@@ -1,4 +1,35 @@
-"""wip"""
+"""Recurrent depth: a language model that runs its middle layers as often as asked, so depth is chosen at test time.
+
+Paper    Geiping et al., "Scaling up Test-Time Compute with Latent Reasoning: A Recurrent Depth Approach", NeurIPS 2025,
+         arXiv:2502.05171 (Huginn-0125). Retrofitting: McLeish et al., arXiv:2511.07384. Sampler: arXiv:2510.14961.
+Idea     Prelude, core, coda: only the core is repeated, always with the same weights, from a random state and with the
+         embedded tokens put in again at each iteration. In training the number of iterations is random and heavy-tailed
+         and only the last k carry gradient, so the core becomes a map that refines, converges, and forgets its start.
+         Then depth is a dial at test time, and early exit, shared caches, warm starts and drafts come for free.
+Here     The claim we check: on running parity, accuracy rises with the iterations r and stays up to r = 64, while the
+         same parameters trained at r = 1 stay flat; rows exit later the longer they are, at no loss of accuracy.
+         Beside it: rows longer than in training, path independence, six ways to generate that agree. The architecture,
+         file format and outputs are those of the released 3.5B model (vectors in tests/data/recurrent_depth).
+Differs  DIFFERS
+         Left out: the released integer-division cache, minp and cosine exits, Muon for retrofitting, sharded training
+         (DDP only). Rows of a batch exit one by one; the released code takes one row. The 1-D parameters do not decay
+         (the released code lets ln_f decay). AtanAdam floors a copy of v.
+
+    python recurrent_depth.py                                        # laptop: the claim, the tables, the picture
+    torchrun --nproc-per-node 2 recurrent_depth.py                   # the same on two processes
+    python recurrent_depth.py train --preset bytes                   # a byte-level language model of Python's sources
+    python recurrent_depth.py generate --prompt "def f(" --exit kl   # what it says, and iterations per token
+    python recurrent_depth.py eval --num-steps 0 1 2 4 8             # its held-out loss by depth
+    python recurrent_depth.py inspect                                # collapse alarms, residuals, path independence
+    python recurrent_depth.py generate --model smollm2 --num-steps 4 # a real Llama made recurrent, not healed
+    python recurrent_depth.py retrofit --data FILE --ramp 0.25       # made recurrent, then trained on text
+    python recurrent_depth.py bench                                  # caches and exits; on a GPU Huginn's shape
+    torchrun --nnodes N --nproc-per-node 8 recurrent_depth.py train --preset huginn-3.5b --data FILE  # not yet run
+
+Expect   EXPECT
+Writes   results/recurrent_depth/: metrics.jsonl, claim.json, recurrent_depth.png; checkpoint.pt and model/ (train,
+         retrofit), bench.json (bench).
+"""
 
 import contextlib
 import functools
@@ -46,6 +77,7 @@ class Config:
     d_mlp: int = opt(192, "width of the MLP")
     layers: tuple = opt((1, 1, 1), "layers of prelude, core, coda")
     rope_base: float = opt(30.0, "base of the rotary angles")
+    recency: float = opt(1.0, "how much heads prefer the token before at the start; the paper has 0")
     # its training
     r_bar: int = opt(8, "mean recurrence")
     k: int = opt(8, "iterations that carry gradient, at most")
@@ -72,7 +104,7 @@ class Config:
     log_every: int = opt(20, "steps between lines in metrics.jsonl")
     # demo, eval, inspect
     seeds: tuple = opt((0,), "demo: the runs, all of them shown")
-    starts: int = opt(4, "demo: models begun per seed; one goes on")
+    starts: int = opt(1, "demo: models begun per seed; one goes on")
     try_steps: int = opt(200, "demo: steps before it is chosen")
     rows: int = opt(256, "fresh rows per measurement")
     num_steps: tuple = opt((1, 2, 3, 4, 6, 8, 12, 16, 32, 64), "depths measured; generate: the last one")
@@ -117,17 +149,17 @@ PRESETS = {
     "laptop": {},
     "bytes": {
         "task": "text", "data": ("sources",), "length": 128, "start_length": 128, "d_model": 96, "n_head": 3,
-        "d_mlp": 256, "layers": (1, 2, 1), "rope_base": 1000.0, "r_bar": 4, "k": 3, "steps": 240, "batch": 16,
-        "lr": 2e-3, "num_steps": (1, 2, 4, 8, 16, 32),
+        "d_mlp": 256, "layers": (1, 2, 1), "rope_base": 1000.0, "recency": 0.0, "r_bar": 4, "k": 3, "steps": 240,
+        "batch": 16, "lr": 2e-3, "num_steps": (1, 2, 4, 8, 16, 32),
     },
     "gpu": {
         "task": "text", "data": ("sources",), "length": 512, "start_length": 512, "d_model": 768, "n_head": 12,
-        "d_mlp": 2048, "layers": (2, 4, 2), "rope_base": 10000.0, "r_bar": 8, "k": 4, "steps": 2000,
+        "d_mlp": 2048, "layers": (2, 4, 2), "rope_base": 10000.0, "recency": 0.0, "r_bar": 8, "k": 4, "steps": 2000,
         "batch": 64, "lr": 4e-4, "warmup": 200, "dtype": "bfloat16", "num_steps": (1, 2, 4, 8, 16, 32),
     },
     "huginn-3.5b": {  # the paper's sizes and optimizer; bring your own text
         "task": "text", "length": 4096, "start_length": 4096, "d_model": 5280, "n_head": 55, "d_mlp": 17920,
-        "layers": (2, 4, 2), "rope_base": 50000.0, "r_bar": 32, "steps": 47000, "batch": 4096,
+        "layers": (2, 4, 2), "rope_base": 50000.0, "recency": 0.0, "r_bar": 32, "steps": 47000, "batch": 4096,
         "optimizer": "atan", "lr": 4e-5, "warmup": 4096, "flat": 1.0, "weight_decay": 4e-5,
         "dtype": "bfloat16", "checkpointing": True, "num_steps": (1, 4, 8, 16, 32, 64),
     },
@@ -140,14 +172,14 @@ PRESETS = {
 # s_i  the state after i iterations; s_0 is noise  r        iterations;  r_bar  their mean in training
 # k    last iterations that carry gradient         n        iterations before them, without
 #
-#     e = P(x),    s_i = R(e, s_{i-1}) for i = 1..r,    p = C(s_r)                                   (Sec. 3.1)
+#     e = P(x),    s_i = R(e, s_{i-1}) for i = 1..r,    p = C(s_r)
 
 
 def sample_steps(step: int, mean: float, k: int, sigma: float = 0.5) -> tuple[int, int]:
     """(n, k) of micro-step `step`: iterations without and with gradient; log-normal Poisson, mean + 1 on average.
 
     The seed holds the step and no rank: all ranks and rows share one depth, and a resumed run draws it again.
-    ValueError: mean < 1 or k < 1. Source: Sec. 3.3; seed and order of the draws from the released code.
+    ValueError: mean < 1 or k < 1. Seed and order of the draws: the released code.
     """
     if not mean >= 1 or k < 1:
         raise ValueError(f"the mean recurrence must be >= 1 and k >= 1, got mean {mean} and k {k}")
@@ -569,8 +601,8 @@ class RecurrentCache:
     """Keys and values of every (layer, iteration) in one tensor (2, slots, B, Hk, S, D), S grown by doubling.
 
     Slots: prelude, coda, then the core layers of iteration 0, 1, ...; every token owns its entry in each of them.
-    budget  None keeps all iterations; b keeps the last b: iteration i uses entry i mod b (Sec. 8.2 of the paper's
-            appendix). Also by the released name "compress-s<n>", n layers. A prompt's logits do not change, those of
+    budget  None keeps all iterations; b keeps the last b: iteration i uses entry i mod b. Also by the
+            released name "compress-s<n>", n layers. A prompt's logits do not change, those of
             later tokens do, since they see only the last b iterations of the earlier ones.
     lookup  exact: all tokens must have run as deep as the one that reads. latest: of a token that left early the
             deepest entry is read; when it leaves it is copied to the deeper ones, so reading needs no gather.
@@ -823,7 +855,7 @@ def generate(
     num_steps    iterations of a token, or with an exit rule at most; the prompt runs all of them unless exit_prompt.
     cache        by default one with all iterations, lookup "latest" if there is an exit rule. One that holds the first
                  tokens of ids already is continued.
-    warm_start   s_0 of a new token is what the coda received for the token before, instead of noise (Sec. 6.3).
+    warm_start   s_0 of a new token is what the coda received for the token before, instead of noise.
     draft_steps  self-speculation: `lookahead` tokens are drafted with so few iterations and checked by one pass with
                  num_steps; what that pass would have said is kept, so the output is that of plain greedy decoding.
     temperature  0 is greedy. generator: of the draws and of s_0, which depends on it and the position alone, so that
@@ -1060,7 +1092,7 @@ def retrofit(state_dict: dict[str, Tensor], llama_config: dict, split=(4, 8, 4),
 
 
 class AtanAdam(torch.optim.Optimizer):
-    """The paper's Adam: moments that start at the first gradient, update clipping, atan2 in place of epsilon (App. B).
+    """The paper's Adam: moments that start at the first gradient, update clipping, atan2 in place of epsilon.
 
     m, v start as g, g^2, then follow the usual moving averages with the usual bias correction. Per tensor,
     rho = sqrt(mean(g^2 / max(v, 1e-12))) and
@@ -1170,10 +1202,24 @@ def shape_of(cfg: Config, data) -> RecurrentConfig:
 
 # settings that change the numbers of a run; a checkpoint goes on only under the same ones
 FIXED = (
-    "task", "length", "start_length", "advance", "data", "d_model", "n_head", "d_mlp", "layers", "rope_base", "r_bar",
-    "k", "fixed_r", "ramp", "steps", "batch", "accum", "optimizer", "lr", "warmup", "flat", "beta2", "weight_decay",
-    "clip", "seed", "dtype",
+    "task", "length", "start_length", "advance", "data", "d_model", "n_head", "d_mlp", "layers", "rope_base", "recency",
+    "r_bar", "k", "fixed_r", "ramp", "steps", "batch", "accum", "optimizer", "lr", "warmup", "flat", "beta2",
+    "weight_decay", "clip", "seed", "dtype",
 )  # fmt: skip
+
+
+@torch.no_grad()
+def look_back(model: RecurrentDepthLM, strength: float) -> None:
+    """Start each head with a preference for the token before: strength^2 / sqrt(D) sum_j cos((t - 1 - s) theta_j).
+
+    The paper starts qk_bias at 0, which looks everywhere alike. Then most seeds learn the parity of short rows by
+    counting and never come to use the recurrence (docs/results/recurrent_depth.md).
+    """
+    theta = model.freq
+    for name, p in model.named_parameters():
+        if name.endswith("qk_bias"):  # (2, 1, H, D): queries and keys; pairs (x0, x1), (x2, x3)...
+            p[1, ..., 0::2] = strength
+            p[0, ..., 0::2], p[0, ..., 1::2] = strength * theta.cos(), -strength * theta.sin()  # turned back by one
 
 
 def count(model: nn.Module) -> int:
@@ -1200,7 +1246,10 @@ class Trainer:
         self.cfg, self.data, self.w = cfg, data, w
         if cfg.batch % (w.size * cfg.accum):
             raise BadInput(f"--batch {cfg.batch} does not divide over {w.size} processes x --accum {cfg.accum}")
-        self.model = (model or RecurrentDepthLM(shape_of(cfg, data), cfg.seed)).to(w.device).train()
+        if model is None:
+            model = RecurrentDepthLM(shape_of(cfg, data), cfg.seed)
+            look_back(model, cfg.recency)
+        self.model = model.to(w.device).train()
         self.model.checkpointing = cfg.checkpointing
         decay, rest = ([p for p in self.model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
         groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -1372,8 +1421,8 @@ def path_independence(model: RecurrentDepthLM, ids: Tensor, depths, seed: int = 
 def best_start(cfg: Config, data, w: cluster.World, run: report.Run) -> Trainer:
     """Train --starts models for --try-steps steps each; the one whose loss falls most from r = 4 to r = 16 goes on.
 
-    Most starts learn short rows without the recurrence and then ignore their state, the recurrence collapse of the
-    paper's Sec. 4.1, which this gap shows early. All of them are printed.
+    Most starts learn short rows without the recurrence and then ignore their state, the recurrence collapse of
+    the paper, which this gap shows early. All of them are printed.
     """
     tried, gap = [], []
     for j in range(cfg.starts):

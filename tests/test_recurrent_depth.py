@@ -452,8 +452,8 @@ def llama(seed=0, layers=7, tied=False, **scaling):
     draw = lambda *s: torch.randn(s, generator=g) / math.sqrt(s[-1])
     for i in range(layers):
         for name, shape in {
-            "self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32), "self_attn.o_proj": (32, 32),
-            "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32), "mlp.down_proj": (32, 48),
+            "self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32),
+            "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32), "mlp.down_proj": (32, 48),
         }.items():  # fmt: skip
             sd[f"model.layers.{i}.{name}.weight"] = draw(*shape)
         for name in ("input_layernorm", "post_attention_layernorm"):
