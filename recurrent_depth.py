@@ -22,7 +22,7 @@ Differs  DIFFERS
     python recurrent_depth.py eval --num-steps 0 1 2 4 8             # its held-out loss by depth
     python recurrent_depth.py inspect                                # collapse alarms, residuals, path independence
     python recurrent_depth.py generate --model smollm2 --num-steps 4 # a real Llama made recurrent, not healed
-    python recurrent_depth.py retrofit --data FILE --ramp 0.25       # made recurrent, then trained on text
+    python recurrent_depth.py retrofit --preset heal --data FILE     # made recurrent, then trained on text
     python recurrent_depth.py bench                                  # caches and exits; on a GPU Huginn's shape
     torchrun --nnodes N --nproc-per-node 8 recurrent_depth.py train --preset huginn-3.5b --data FILE  # not yet run
 
@@ -64,7 +64,9 @@ class Config:
     mode: str = opt(
         "demo", "what to do", ("demo", "train", "eval", "generate", "retrofit", "inspect", "bench"), positional=True
     )
-    preset: str = opt("laptop", "defaults for a setting; flags win over it", ("laptop", "bytes", "gpu", "huginn-3.5b"))
+    preset: str = opt(
+        "laptop", "defaults for a setting; flags win over it", ("laptop", "bytes", "heal", "gpu", "huginn-3.5b")
+    )
     # the task
     task: str = opt("parity", "running parity of random bits, or next-token prediction of text", ("parity", "text"))
     length: int = opt(32, "bits or tokens per row")
@@ -114,7 +116,7 @@ class Config:
     prompt: str = opt("The capital of France is", "generate: the text to continue")
     new: int = opt(40, "generate: tokens")
     exit: str = opt("none", "generate: when to stop iterating", ("none", *EXIT_NAMES))
-    max_entropy: float = opt(100.0, "generate: never exit where the prediction's entropy is above this, in nats")
+    max_entropy: float = opt(math.inf, "generate: never exit where the prediction's entropy is above this, in nats")
     draft: int = opt(0, "generate: iterations of self-speculative drafts; 0 is off")
     budget: int = opt(0, "generate: iterations kept in the cache; 0 keeps all")
     warm_start: bool = opt(False, "generate: start a token from the state of the one before")
@@ -151,6 +153,10 @@ PRESETS = {
         "task": "text", "data": ("sources",), "length": 128, "start_length": 128, "d_model": 96, "n_head": 3,
         "d_mlp": 256, "layers": (1, 2, 1), "rope_base": 1000.0, "recency": 0.0, "r_bar": 4, "k": 3, "steps": 240,
         "batch": 16, "lr": 2e-3, "num_steps": (1, 2, 4, 8, 16, 32),
+    },
+    "heal": {  # for mode retrofit
+        "task": "text", "length": 128, "start_length": 128, "recency": 0.0, "r_bar": 4, "ramp": 0.25, "steps": 20,
+        "batch": 4, "lr": 3e-4, "warmup": 2, "flat": 0.2, "log_every": 1, "num_steps": (1, 2, 4, 8),
     },
     "gpu": {
         "task": "text", "data": ("sources",), "length": 512, "start_length": 512, "d_model": 768, "n_head": 12,
@@ -1593,19 +1599,22 @@ def train(cfg: Config, w: cluster.World, data=None, model: RecurrentDepthLM | No
     run = report.Run(cfg.out, cfg, w, state["counts"][0] if state else 0)
     model = Trainer(cfg, data, w, state, model).run(run, "train", path).model
     measure(cfg, w, model, data, run)
-    if w.main:
+    if not w.main:
+        return
+    try:
         save_weights(model, f"{cfg.out}/model")
-        if data.tokenizer is not None:
-            data.tokenizer.save(f"{cfg.out}/model/tokenizer.json")
-        w.print(f"weights: {cfg.out}/model")
+    except ModuleNotFoundError as e:
+        return w.print(f"no {cfg.out}/model, only the checkpoint: {e}")
+    if data.tokenizer is not None:
+        data.tokenizer.save(f"{cfg.out}/model/tokenizer.json")
+    w.print(f"weights: {cfg.out}/model")
 
 
 def measure(cfg: Config, w: cluster.World, model: RecurrentDepthLM, data, run=None) -> None:
     """Loss and accuracy on held-out rows by depth; warns when depth changes nothing."""
     depths = sorted({*cfg.num_steps, model.cfg.mean_recurrence})
-    ids, labels = (
-        x.to(w.device) for x in data.held_out(min(cfg.rows, 64) if cfg.task == "text" else cfg.rows, cfg.length)
-    )
+    rows = cfg.rows if cfg.task == "parity" else min(cfg.rows, 64)
+    ids, labels = (x.to(w.device) for x in data.held_out(rows, cfg.length))
     right, loss = by_depth(model, ids, labels, depths)
     rows = [["accuracy", *(a.mean().item() for a in right.values())], ["loss in nats", *loss.values()]]
     w.print(report.table(["at r =", *map(str, depths)], rows))
@@ -1613,29 +1622,23 @@ def measure(cfg: Config, w: cluster.World, model: RecurrentDepthLM, data, run=No
     if len(deep) > 1 and max(deep) - min(deep) < 0.01 * min(deep):
         w.print("alarm: the loss does not depend on r; the core may ignore its state (recurrence collapse)")
     if run:
-        run.log(
-            loss_by_r={str(r): v for r, v in loss.items()},
-            accuracy_by_r={str(r): a.mean().item() for r, a in right.items()},
-        )
+        run.log(loss_by_r=loss, accuracy_by_r={r: a.mean().item() for r, a in right.items()})
 
 
 def open_model(cfg: Config, w: cluster.World):
     """The model of --model with its tokenizer or None: our folder, or a Llama made recurrent on the spot."""
     folder = Path(cfg.model)
-    if (folder / "config.json").exists() and json.loads((folder / "config.json").read_text()).get(
-        "model_type"
-    ) == "huginn_raven":
+    config = folder / "config.json"
+    if config.exists() and json.loads(config.read_text()).get("model_type") == "huginn_raven":
         tok = folder / "tokenizer.json"
         tokenizer = _package("tokenizers").Tokenizer.from_file(str(tok)) if tok.exists() else None
         return load_weights(folder).to(w.device), tokenizer
     if cfg.model == Config.model:
         raise BadInput(
-            f"there is no model in {cfg.model}. Train one first (python recurrent_depth.py train), or --model smollm2."
+            f"there is no model in {cfg.model}. Run recurrent_depth.py train first, or pass --model smollm2."
         )
     weights = open_weights(cfg.model)
-    w.print(
-        f"{cfg.model}: {weights.config['num_hidden_layers']} layers, split {cfg.split}, not healed: expect no sense"
-    )
+    w.print(f"{cfg.model} split {cfg.split} of {weights.config['num_hidden_layers']}, not healed: expect no sense")
     return retrofit(weights.state_dict(), weights.config, cfg.split).eval().to(w.device), weights.tokenizer()
 
 
@@ -1665,11 +1668,7 @@ def generate_text(cfg: Config, w: cluster.World) -> None:
         ids, decode = torch.tensor([tokenizer.encode(cfg.prompt).ids]), tokenizer.decode
     if ids.numel() == 0:
         raise BadInput("--prompt is empty. Give at least one word.")
-    rule = (
-        None
-        if cfg.exit == "none"
-        else EXITS[cfg.exit](max_entropy=cfg.max_entropy if cfg.max_entropy < 100 else math.inf)
-    )
+    rule = None if cfg.exit == "none" else EXITS[cfg.exit](max_entropy=cfg.max_entropy)
     cache = RecurrentCache(cfg.budget or None, "latest" if rule else "exact")
     said, shown, start = [], "", time.perf_counter()
 
@@ -1696,6 +1695,8 @@ def generate_text(cfg: Config, w: cluster.World) -> None:
 
 def heal(cfg: Config, w: cluster.World) -> None:
     """Make the Llama of --model recurrent and train it on --data with a rising depth."""
+    if cfg.task != "text":
+        raise BadInput("retrofit trains a language model on text. Pass --preset heal, and what differs from it after.")
     name = "smollm2" if cfg.model == Config.model else cfg.model
     weights = open_weights(name)
     tokenizer = weights.tokenizer()
@@ -1707,7 +1708,7 @@ def heal(cfg: Config, w: cluster.World) -> None:
     w.print(
         f"{name}: {cfg.split} of {weights.config['num_hidden_layers']} layers, {count(model) / 1e6:.1f} M parameters"
     )
-    train(replace(cfg, task="text"), w, data, model)
+    train(cfg, w, data, model)
 
 
 @torch.no_grad()
