@@ -10,7 +10,10 @@ Here     The claim we check: on running parity, accuracy rises with the iteratio
          same parameters trained at r = 1 stay flat; rows exit later the longer they are, at no loss of accuracy.
          Beside it: rows longer than in training, path independence, six ways to generate that agree. The architecture,
          file format and outputs are those of the released 3.5B model (vectors in tests/data/recurrent_depth).
-Differs  DIFFERS
+Differs  0.2 M parameters and one layer per part on running parity, with an untied head of two classes, for 3.5 B and
+         (2, 4, 2) layers on 800 B tokens. AdamW (AtanAdam: --optimizer atan), r_bar 8, rope base 30, heads that start by
+         looking at the token before (qk_bias, --recency; the paper starts at 0), and a learning rate that falls once
+         the loss does: without the last two most seeds collapse (docs/results/recurrent_depth.md).
          Left out: the released integer-division cache, minp and cosine exits, Muon for retrofitting, sharded training
          (DDP only). Rows of a batch exit one by one; the released code takes one row. The 1-D parameters do not decay
          (the released code lets ln_f decay). AtanAdam floors a copy of v.
@@ -27,8 +30,8 @@ Differs  DIFFERS
     torchrun --nnodes N --nproc-per-node 8 recurrent_depth.py train --preset huginn-3.5b --data FILE  # not yet run
 
 Expect   EXPECT
-Writes   results/recurrent_depth/: metrics.jsonl, claim.json, recurrent_depth.png; checkpoint.pt and model/ (train,
-         retrofit), bench.json (bench).
+Writes   results/recurrent_depth/: metrics.jsonl, claim.json, recurrent_depth.png; model/ (the weights);
+         checkpoint.pt (train, retrofit), bench.json (bench).
 """
 
 import contextlib
@@ -70,8 +73,6 @@ class Config:
     # the task
     task: str = opt("parity", "running parity of random bits, or next-token prediction of text", ("parity", "text"))
     length: int = opt(32, "bits or tokens per row")
-    start_length: int = opt(16, "parity: rows begin this long and double when learned")
-    advance: float = opt(0.3, "parity: the loss at which rows double")
     data: tuple = opt(("docs",), "text files, or docs or sources: Python's own")
     # the model
     d_model: int = opt(64, "width")
@@ -85,16 +86,18 @@ class Config:
     k: int = opt(8, "iterations that carry gradient, at most")
     fixed_r: int = opt(0, "train at this depth always; 0 draws it")
     ramp: float = opt(0.0, "share of the run over which r_bar rises from 1")
-    steps: int = opt(800, "optimizer steps")
+    steps: int = opt(600, "optimizer steps")
     batch: int = opt(32, "rows per step, over all processes and micro-steps")
     accum: int = opt(1, "micro-steps per step, each with its own depth")
     optimizer: str = opt("adamw", "update rule; atan is the paper's", ("adamw", "atan"))
-    lr: float = opt(3e-3, "peak learning rate")
+    lr: float = opt(1.5e-3, "peak learning rate")
     warmup: int = opt(50, "steps of linear warm-up")
-    flat: float = opt(0.4, "share of the run at the peak, before a linear fall to 2 %")
+    flat: float = opt(0.5, "share of the run at the peak, before a linear fall to 2 %")
+    settle: float = opt(0.54, "loss at which the rate falls by --settle-lr and on to 2 %; 0 is off")
+    settle_lr: float = opt(0.3, "the factor of this fall")
     beta2: float = opt(0.95, "decay of the second moment; the first has 0.9")
     weight_decay: float = opt(0.0, "of matrices")
-    clip: float = opt(1.0, "largest gradient norm")
+    clip: float = opt(0.5, "largest gradient norm")
     checkpointing: bool = opt(False, "recompute each iteration in the backward pass")
     seed: int = opt(0, "of weights, data and initial states")
     device: str = opt("auto", "where to run", ("auto", "cpu", "cuda"))
@@ -106,8 +109,6 @@ class Config:
     log_every: int = opt(20, "steps between lines in metrics.jsonl")
     # demo, eval, inspect
     seeds: tuple = opt((0,), "demo: the runs, all of them shown")
-    starts: int = opt(1, "demo: models begun per seed; one goes on")
-    try_steps: int = opt(200, "demo: steps before it is chosen")
     rows: int = opt(256, "fresh rows per measurement")
     num_steps: tuple = opt((1, 2, 3, 4, 6, 8, 12, 16, 32, 64), "depths measured; generate: the last one")
     # generate, retrofit
@@ -123,51 +124,39 @@ class Config:
     temperature: float = opt(0.0, "generate: 0 is greedy")
 
     def __post_init__(self):
-        for name in (
-            "length",
-            "start_length",
-            "d_model",
-            "n_head",
-            "steps",
-            "batch",
-            "accum",
-            "log_every",
-            "rows",
-            "k",
-        ):
+        for name in ("length", "d_model", "n_head", "steps", "batch", "accum", "log_every", "rows", "k"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if len(self.layers) != 3 or len(self.split) != 3:
             raise ValueError(f"--layers and --split take three numbers, got {self.layers} and {self.split}")
-        if self.start_length > self.length:
-            raise ValueError(f"--start-length {self.start_length} exceeds --length {self.length}")
         if self.r_bar < 1 or min(self.num_steps) < 0 or self.new < 0:
             raise ValueError(
                 f"--r-bar {self.r_bar} must be >= 1, --num-steps {self.num_steps} and --new {self.new} >= 0"
             )
 
 
+TEXT = {"task": "text", "recency": 0.0, "settle": 0.0}
 PRESETS = {
     "laptop": {},
-    "bytes": {
-        "task": "text", "data": ("sources",), "length": 128, "start_length": 128, "d_model": 96, "n_head": 3,
-        "d_mlp": 256, "layers": (1, 2, 1), "rope_base": 1000.0, "recency": 0.0, "r_bar": 4, "k": 3, "steps": 240,
-        "batch": 16, "lr": 2e-3, "num_steps": (1, 2, 4, 8, 16, 32),
+    "bytes": TEXT | {
+        "data": ("sources",), "length": 128, "d_model": 96, "n_head": 3, "d_mlp": 256, "layers": (1, 2, 1),
+        "rope_base": 1000.0, "r_bar": 4, "k": 3, "steps": 240, "batch": 16, "lr": 2e-3,
+        "num_steps": (1, 2, 4, 8, 16, 32),
     },
-    "heal": {  # for mode retrofit
-        "task": "text", "length": 128, "start_length": 128, "recency": 0.0, "r_bar": 4, "ramp": 0.25, "steps": 20,
-        "batch": 4, "lr": 3e-4, "warmup": 2, "flat": 0.2, "log_every": 1, "num_steps": (1, 2, 4, 8),
+    "heal": TEXT | {  # for mode retrofit
+        "length": 128, "r_bar": 4, "ramp": 0.25, "steps": 20, "batch": 4, "lr": 3e-4, "warmup": 2, "flat": 0.2,
+        "log_every": 1, "num_steps": (1, 2, 4, 8),
     },
-    "gpu": {
-        "task": "text", "data": ("sources",), "length": 512, "start_length": 512, "d_model": 768, "n_head": 12,
-        "d_mlp": 2048, "layers": (2, 4, 2), "rope_base": 10000.0, "recency": 0.0, "r_bar": 8, "k": 4, "steps": 2000,
-        "batch": 64, "lr": 4e-4, "warmup": 200, "dtype": "bfloat16", "num_steps": (1, 2, 4, 8, 16, 32),
+    "gpu": TEXT | {
+        "data": ("sources",), "length": 512, "d_model": 768, "n_head": 12, "d_mlp": 2048, "layers": (2, 4, 2),
+        "rope_base": 10000.0, "r_bar": 8, "k": 4, "steps": 2000, "batch": 64, "lr": 4e-4, "warmup": 200,
+        "dtype": "bfloat16", "num_steps": (1, 2, 4, 8, 16, 32),
     },
-    "huginn-3.5b": {  # the paper's sizes and optimizer; bring your own text
-        "task": "text", "length": 4096, "start_length": 4096, "d_model": 5280, "n_head": 55, "d_mlp": 17920,
-        "layers": (2, 4, 2), "rope_base": 50000.0, "recency": 0.0, "r_bar": 32, "steps": 47000, "batch": 4096,
-        "optimizer": "atan", "lr": 4e-5, "warmup": 4096, "flat": 1.0, "weight_decay": 4e-5,
-        "dtype": "bfloat16", "checkpointing": True, "num_steps": (1, 4, 8, 16, 32, 64),
+    "huginn-3.5b": TEXT | {  # the paper's sizes and optimizer; bring your own text
+        "length": 4096, "d_model": 5280, "n_head": 55, "d_mlp": 17920, "layers": (2, 4, 2), "rope_base": 50000.0,
+        "r_bar": 32, "steps": 47000, "batch": 4096, "optimizer": "atan", "lr": 4e-5, "warmup": 4096, "flat": 1.0,
+        "weight_decay": 4e-5, "clip": 1.0, "dtype": "bfloat16", "checkpointing": True,
+        "num_steps": (1, 4, 8, 16, 32, 64),
     },
 }  # fmt: skip
 
@@ -261,9 +250,8 @@ class RecurrentConfig:
     @property
     def depth(self) -> float:
         """L, the unrolled layers at the mean recurrence."""
-        return (
-            self.n_layers_in_prelude + self.n_layers_in_coda + self.n_layers_in_recurrent_block * self.mean_recurrence
-        )
+        core = self.n_layers_in_recurrent_block * self.mean_recurrence
+        return self.n_layers_in_prelude + core + self.n_layers_in_coda
 
     @classmethod
     def from_dict(cls, given: dict) -> "RecurrentConfig":
@@ -1208,8 +1196,8 @@ def shape_of(cfg: Config, data) -> RecurrentConfig:
 
 # settings that change the numbers of a run; a checkpoint goes on only under the same ones
 FIXED = (
-    "task", "length", "start_length", "advance", "data", "d_model", "n_head", "d_mlp", "layers", "rope_base", "recency",
-    "r_bar", "k", "fixed_r", "ramp", "steps", "batch", "accum", "optimizer", "lr", "warmup", "flat", "beta2",
+    "task", "length", "data", "d_model", "n_head", "d_mlp", "layers", "rope_base", "recency", "r_bar", "k", "fixed_r",
+    "ramp", "steps", "batch", "accum", "optimizer", "lr", "warmup", "flat", "settle", "settle_lr", "beta2",
     "weight_decay", "clip", "seed", "dtype",
 )  # fmt: skip
 
@@ -1262,11 +1250,11 @@ class Trainer:
         kind = torch.optim.AdamW if cfg.optimizer == "adamw" else AtanAdam  # norms and biases (1-D) do not decay
         self.optimizer = kind(groups, lr=cfg.lr, betas=(0.9, cfg.beta2))
         self.step = self.skipped = self.in_a_row = 0
-        self.length = cfg.start_length
+        self.smooth, self.settled = 1.0, 0  # the loss of late, the step at which it fell below --settle
         if state:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.length, self.skipped, self.in_a_row = state["counts"]
+            self.step, self.skipped, self.in_a_row, self.smooth, self.settled = state["counts"]
         self._same_depths()
         self.ddp = DistributedDataParallel(self.model)
 
@@ -1286,16 +1274,22 @@ class Trainer:
         mean = mean_schedule(micro, cfg.steps * cfg.accum, cfg.r_bar, cfg.ramp) if cfg.ramp else cfg.r_bar
         return sample_steps(micro + 1, mean, cfg.k)
 
+    def rate(self) -> float:
+        """Part of --lr at this step: warm-up, peak, linear fall; once the loss falls below --settle a lower peak."""
+        cfg, first = self.cfg, self.settled or self.cfg.flat * self.cfg.steps
+        fall = 1 - 0.98 * max(0, self.step - first) / max(1, cfg.steps - first)
+        return min(1, (self.step + 1) / max(1, cfg.warmup)) * fall * (cfg.settle_lr if self.settled else 1)
+
     def state(self) -> dict:
         setting = {name: getattr(self.cfg, name) for name in FIXED}
         parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "setting": setting}
-        return {**parts, "counts": [self.step, self.length, self.skipped, self.in_a_row]}
+        return {**parts, "counts": [self.step, self.skipped, self.in_a_row, self.smooth, self.settled]}
 
     def micro_loss(self, micro: int) -> Output:
         """Forward pass of this rank's rows of a micro-step."""
         cfg, w = self.cfg, self.w
         rows = cfg.batch // cfg.accum
-        ids, labels = self.data.batch(micro, self.length, rows)  # (rows, T)
+        ids, labels = self.data.batch(micro, cfg.length, rows)  # (rows, T)
         mine = range(w.rank, rows, w.size)
         e = torch.empty(1, ids.shape[1], self.model.cfg.n_embd)
         s0 = torch.cat([self.model.init_state(e, generator=cluster.generator(cfg.seed, 4, micro, i)) for i in mine])
@@ -1313,28 +1307,26 @@ class Trainer:
             (out.loss / cfg.accum).backward()
             losses.append(out.loss.detach())
         loss = (cluster.total(torch.stack(losses).mean()) / w.size).item()
-        done = self.step / cfg.steps
-        fall = 1.0 if done < cfg.flat else 1 - 0.98 * (done - cfg.flat) / (1 - cfg.flat)
         for group in self.optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1, (self.step + 1) / max(1, cfg.warmup)) * fall
+            group["lr"] = cfg.lr * self.rate()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip)
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
-            self.in_a_row = 0
+            self.in_a_row, self.smooth = 0, 0.9 * self.smooth + 0.1 * loss
         else:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             if self.in_a_row == 20:
                 raise BadInput(f"the loss was not finite in 20 steps in a row, up to step {self.step + 1}. Lower --lr.")
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        if self.smooth < cfg.settle and not self.settled:
+            self.settled = self.step
         line = {}
         if log:
             n, k = self.depth(self.step * cfg.accum - 1)
-            line = {"loss": loss, "grad_norm": float(norm), "n": n, "k": k, "length": self.length}
+            line = {"loss": loss, "grad_norm": float(norm), "n": n, "k": k}
             line |= {"correlation": float(correlation(out.state)), "residual": float(residual(out))}
             line |= {"skipped": self.skipped} if self.skipped else {}
-        if loss < cfg.advance:
-            self.length = min(2 * self.length, cfg.length)
         return line
 
     def run(self, log: report.Run, what: str, path: str = "", until: int = 0) -> "Trainer":
@@ -1384,35 +1376,34 @@ def by_depth(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, depths, seed:
     return right, loss
 
 
-RULES = {  # of the exit table: rows leave when all their positions agree, or positions leave one by one
-    "KL, whole row": lambda: KLExit(over="max"),
-    "state, whole row": lambda: LatentDiffExit(over="max"),
-    "KL, per token": lambda: KLExit(),
-    "KL and entropy < 0.1, per token": lambda: KLExit(max_entropy=0.1),
-}
+def rules_shown() -> dict[str, ExitRule]:
+    """Of the exit table: rows leave when all their positions agree, or positions leave one by one."""
+    return {
+        "KL, whole row": KLExit(over="max"), "state, whole row": LatentDiffExit(over="max"), "KL, per token": KLExit(),
+        "KL and entropy < 0.1, per token": KLExit(max_entropy=0.1),
+    }  # fmt: skip
 
 
 @torch.no_grad()
-def exits(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, r_max: int = 32, seed: int = 0) -> dict:
-    """For each of RULES the mean iterations, the accuracy with them, and the iterations by position (T,)."""
-    rules, found = {name: make() for name, make in RULES.items()}, {}
+def exits(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, rules: dict, r_max: int = 32, seed: int = 0) -> dict:
+    """For each rule the mean iterations, the accuracy with them, and the iterations by position (T,)."""
+    found, seen = {}, (labels >= 0).all(dim=0)
     for r, s in unroll(model, ids, r_max, seed=seed):
-        if r == 0:
-            for rule in rules.values():
-                rule.start(s)
-            continue
         logits = model.decode(s)
         best = logits.argmax(-1)  # (B, T)
         for name, rule in rules.items():
+            if r == 0:
+                rule.start(s)
+                found[name] = torch.zeros_like(best), best
+                continue
             go = rule.positions(s, logits)  # (B, T)
             go = go.all(dim=1, keepdim=True).expand_as(go) if rule.over == "max" else go
-            step, answer = found.setdefault(name, (torch.full_like(best, 0), best.clone()))
+            step, answer = found[name]
             now = (step == 0) & (go | (r == r_max))
-            step[now], answer[now] = r, best[now]
-    seen = (labels >= 0).all(dim=0)
-    shown = lambda step, answer: (step[:, seen].float(), (answer == labels)[:, seen].float())
-    return {n: (s.mean().item(), a.mean().item(), s.mean(dim=0).cpu()) for n, (s, a) in
-            ((n, shown(*f)) for n, f in found.items())}  # fmt: skip
+            found[name] = torch.where(now, r, step), torch.where(now, best, answer)
+    by_position = {name: (step[:, seen].float().mean(dim=0), (answer == labels)[:, seen].float().mean().item())
+                   for name, (step, answer) in found.items()}  # fmt: skip
+    return {name: (step.mean().item(), accuracy, step.cpu()) for name, (step, accuracy) in by_position.items()}
 
 
 @torch.no_grad()
@@ -1422,25 +1413,6 @@ def path_independence(model: RecurrentDepthLM, ids: Tensor, depths, seed: int = 
     zero = unroll(model, ids, max(depths), torch.zeros(*ids.shape, model.cfg.n_embd, device=ids.device))
     return {r: (model.decode(a) - model.decode(b)).abs().max().item()
             for (r, a), (_, b) in zip(noise, zero, strict=True) if r in depths}  # fmt: skip
-
-
-def best_start(cfg: Config, data, w: cluster.World, run: report.Run) -> Trainer:
-    """Train --starts models for --try-steps steps each; the one whose loss falls most from r = 4 to r = 16 goes on.
-
-    Most starts learn short rows without the recurrence and then ignore their state, the recurrence collapse of
-    the paper, which this gap shows early. All of them are printed.
-    """
-    tried, gap = [], []
-    for j in range(cfg.starts):
-        t = Trainer(replace(cfg, seed=cfg.starts * cfg.seed + j), data, w)
-        if cfg.starts > 1:
-            t.run(run, f"seed {cfg.seed} start {j}", until=cfg.try_steps)
-            ids, labels = (x.to(w.device) for x in data.held_out(cfg.rows, cfg.start_length))
-            loss = by_depth(t.model, ids, labels, (4, 16))[1]
-            gap.append(loss[4] - loss[16])
-            w.print(f"seed {cfg.seed} start {j}: loss {loss[4]:.3f} at r = 4, {loss[16]:.3f} at 16")
-        tried.append(t)
-    return tried[gap.index(max(gap)) if gap else 0]
 
 
 def passes(acc: dict[int, float]) -> bool:
@@ -1464,7 +1436,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
         + [[f"quarter {i + 1}", *(a.chunk(4)[i].mean().item() for a in right.values())] for i in range(4)]
     )
     for seed in cfg.seeds:
-        model = best_start(replace(cfg, seed=seed), data, w, run).run(run, f"seed {seed}").model
+        model = Trainer(replace(cfg, seed=seed), data, w).run(run, f"seed {seed}").model
         right = by_depth(model, *rows(T), depths)[0]
         acc = mean(right)
         passed.append(passes(acc))
@@ -1473,16 +1445,16 @@ def demo(cfg: Config, w: cluster.World) -> None:
         w.print(f"seed {seed} {'passes' if passed[-1] else 'FAILS'}: accuracy {said}")
         if best is None or (passed[-1] and not passes(best[2])):
             best = seed, model, acc, right  # the first that passes is measured further
-    fixed = replace(cfg, seed=cfg.seeds[0], fixed_r=1, start_length=T)
+    fixed = replace(cfg, seed=cfg.seeds[0], fixed_r=1)
     control = by_depth(Trainer(fixed, data, w).run(run, "control").model, *rows(T), depths)[0]
     seed, model, acc, right = best
     show(f"seed {seed}: accuracy on {cfg.rows} fresh rows of {T} bits", ["r =", *depths], quarters(right))
     show("control: the same parameters, r = 1 in training", ["r =", *depths], quarters(control))
     longer = {L: mean(by_depth(model, *rows(L), depths)[0]) for L in (3 * T // 2, 2 * T)}
     show("rows longer than any in training", ["r =", *depths], [[f"{L} bits", *a.values()] for L, a in longer.items()])
-    left = {L: exits(model, *rows(L)) for L in (T // 4, T // 2, 3 * T // 4, T)}
+    left = {L: exits(model, *rows(L), rules_shown()) for L in (T // 4, T // 2, 3 * T // 4, T)}
     cell = lambda found: f"{found[0]:.1f} ({found[1]:.3f})"
-    lines = [[rule, *(cell(found[rule]) for found in left.values())] for rule in RULES]
+    lines = [[rule, *(cell(found[rule]) for found in left.values())] for rule in rules_shown()]
     show("exit, at most 32 iterations: mean iterations (accuracy)", ["rule", *(f"{L} bits" for L in left)], lines)
     gap = path_independence(model, rows(T)[0], (1, 4, 8, 16, 32, 64))
     show(
@@ -1493,6 +1465,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     grows = [f[0] for f in whole] == sorted({f[0] for f in whole}) and min(f[1] for f in whole) >= 0.98
     flat = mean(control).values()
     run.log(control=mean(control), longer=longer, exits={L: f[0] for L, f in zip(left, whole, strict=True)}, paths=gap)
+    keep(cfg, w, model, data)
     if w.main:
         layout = {"ncols": 3, "figsize": (15, 4)}
         drawing = functools.partial(draw, right, control, left)
@@ -1599,12 +1572,17 @@ def train(cfg: Config, w: cluster.World, data=None, model: RecurrentDepthLM | No
     run = report.Run(cfg.out, cfg, w, state["counts"][0] if state else 0)
     model = Trainer(cfg, data, w, state, model).run(run, "train", path).model
     measure(cfg, w, model, data, run)
+    keep(cfg, w, model, data)
+
+
+def keep(cfg: Config, w: cluster.World, model: RecurrentDepthLM, data) -> None:
+    """Write the weights, and the tokenizer if there is one, to OUT/model."""
     if not w.main:
         return
     try:
         save_weights(model, f"{cfg.out}/model")
     except ModuleNotFoundError as e:
-        return w.print(f"no {cfg.out}/model, only the checkpoint: {e}")
+        return w.print(f"weights not written: {e}")
     if data.tokenizer is not None:
         data.tokenizer.save(f"{cfg.out}/model/tokenizer.json")
     w.print(f"weights: {cfg.out}/model")
@@ -1737,12 +1715,8 @@ class StackingCache(RecurrentCache):
     def reserve(self, model, B, T, steps):
         """Nothing to reserve."""
         if self.model is None:
-            self.model, self.first, self.l_R = (
-                model,
-                model.cfg.n_layers_in_prelude + model.cfg.n_layers_in_coda,
-                model.cfg.n_layers_in_recurrent_block,
-            )
-            self.tokens = {}
+            c, self.model, self.tokens = model.cfg, model, {}
+            self.first, self.l_R = c.n_layers_in_prelude + c.n_layers_in_coda, c.n_layers_in_recurrent_block
 
     def write(self, slot, k, v):
         """All tokens' keys and values of the slot, (B, Hk, S, D) each."""
@@ -1760,7 +1734,7 @@ class StackingCache(RecurrentCache):
 @torch.no_grad()
 def bench(cfg: Config, w: cluster.World) -> None:
     """Decoding one token after T - 1 others: our cache, a stacking one, none; on a GPU Huginn's shape and its floor."""
-    device, found = w.device, {}
+    device = w.device
     if device.type == "cuda":
         return bench_huginn(cfg, w)
     T, r = 512, 8
@@ -1778,42 +1752,19 @@ def bench(cfg: Config, w: cluster.World) -> None:
     seconds = report.timed(cases | {"no cache, prefix recomputed": lambda: model(ids, r)}, device, repeats=15)
     base = seconds["one preallocated tensor"][0]
     w.print(f"{report.device_name(device)}, float32, {count(model)} parameters, T={T}, r={r}, batch 1")
-    w.print(
-        report.table(
-            ["next token", "ms", "x"],
-            [[n, f"{t * 1e3:.2f} ± {s * 1e3:.2f}", f"{t / base:.1f}"] for n, (t, s) in seconds.items()],
-        )
-    )
-    found |= {n: {"seconds": t, "spread": s} for n, (t, s) in seconds.items()}
+    lines = [[n, f"{t * 1e3:.2f} ± {spread * 1e3:.2f}", f"{t / base:.1f}"] for n, (t, spread) in seconds.items()]
+    w.print(report.table(["next token", "ms", "x time"], lines))
+    found = {"decode": {n: {"seconds": t, "spread": spread} for n, (t, spread) in seconds.items()}}
     if (Path(cfg.model) / "config.json").exists():
-        trained, tokenizer = open_model(cfg, w)
-        ids, labels = data_for(cfg, trained, tokenizer).held_out(64, cfg.length)
-        rows, r_max = [], 32
-        for name, make in EXITS.items():
-            for max_entropy in (math.inf, 0.1):
-                rule, steps, answer = make(max_entropy=max_entropy, over="last"), None, None
-                for r, s in unroll(trained, ids, r_max):
-                    if r == 0:
-                        rule.start(s)
-                        continue
-                    logits = trained.decode(s)
-                    best, go = logits.argmax(-1), rule.positions(s, logits) | (r == r_max)
-                    steps, answer = (torch.zeros_like(best), best) if steps is None else (steps, answer)
-                    now = go & (steps == 0)
-                    steps, answer = torch.where(now, r, steps), torch.where(now, best, answer)
-                seen = labels >= 0
-                acc = (answer == labels)[seen].float().mean().item()
-                rows.append(
-                    [
-                        name + ("" if max_entropy == math.inf else ", entropy < 0.1"),
-                        steps[seen].float().mean().item(),
-                        acc,
-                    ]
-                )
-        deep = (best == labels)[seen].float().mean().item()
-        w.print(f"\nper-token exit of {cfg.model}, at most {r_max} iterations; accuracy with all of them {deep:.3f}")
-        w.print(report.table(["rule", "mean iterations", "accuracy"], rows))
-        found["exits"] = rows
+        model, tokenizer = open_model(cfg, w)
+        ids, labels = data_for(cfg, model, tokenizer).held_out(64, cfg.length)
+        rules = {n: make(over="last") for n, make in EXITS.items()}
+        rules |= {f"{n}, entropy < 0.1": make(over="last", max_entropy=0.1) for n, make in EXITS.items()}
+        deep = by_depth(model, ids, labels, (32,))[0][32].mean().item()
+        lines = [[n, *f[:2]] for n, f in exits(model, ids, labels, rules).items()]
+        w.print(f"\n{cfg.model}: positions leave one by one, at most 32 iterations; all 32 give accuracy {deep:.3f}")
+        w.print(report.table(["rule", "mean iterations", "accuracy"], lines))
+        found |= {"exits": lines, "accuracy_at_32": deep}
     if w.main:
         report.write_json(f"{cfg.out}/bench.json", found)
 
