@@ -8,12 +8,12 @@ Idea     Prelude, core, coda: only the core is repeated, always with the same we
          Then depth is a dial at test time, and early exit, shared caches, warm starts and drafts come for free.
 Here     The claim we check: on running parity, accuracy rises with the iterations r and stays up to r = 64, while the
          same parameters trained at r = 1 stay flat; rows exit later the longer they are, at no loss of accuracy.
-         Beside it: rows longer than in training, path independence, six ways to generate that agree. The architecture,
-         file format and outputs are those of the released 3.5B model (vectors in tests/data/recurrent_depth).
+         Beside it: rows longer than in training, path independence, six ways to generate that agree. Architecture, file
+         format and outputs are those of the released 3.5B model (vectors in tests/data/recurrent_depth).
 Differs  0.2 M parameters and one layer per part on running parity, with an untied head of two classes, for 3.5 B and
-         (2, 4, 2) layers on 800 B tokens. AdamW (AtanAdam: --optimizer atan), r_bar 8, rope base 30, heads that start by
-         looking at the token before (qk_bias, --recency; the paper starts at 0), and a learning rate that falls once
-         the loss does: without the last two most seeds collapse (docs/results/recurrent_depth.md).
+         (2, 4, 2) layers on 800 B tokens. AdamW (--optimizer atan is the paper's), r_bar 8, rope base 30. Two things
+         without which most seeds collapse (docs/results/recurrent_depth.md): heads begin by looking at the token before
+         (qk_bias, --recency; the paper begins at 0), and the learning rate falls once the loss has (--settle).
          Left out: the released integer-division cache, minp and cosine exits, Muon for retrofitting, sharded training
          (DDP only). Rows of a batch exit one by one; the released code takes one row. The 1-D parameters do not decay
          (the released code lets ln_f decay). AtanAdam floors a copy of v.
@@ -86,7 +86,7 @@ class Config:
     k: int = opt(8, "iterations that carry gradient, at most")
     fixed_r: int = opt(0, "train at this depth always; 0 draws it")
     ramp: float = opt(0.0, "share of the run over which r_bar rises from 1")
-    steps: int = opt(600, "optimizer steps")
+    steps: int = opt(800, "optimizer steps")
     batch: int = opt(32, "rows per step, over all processes and micro-steps")
     accum: int = opt(1, "micro-steps per step, each with its own depth")
     optimizer: str = opt("adamw", "update rule; atan is the paper's", ("adamw", "atan"))
