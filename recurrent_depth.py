@@ -716,15 +716,13 @@ class ExitRule:
 
     default, reads_logits, reduce = 0.0, True, "last"
 
-    def __init__(
-        self, threshold: float = 0.0, min_steps: int = 1, every: int = 1, max_entropy=math.inf, over: str = ""
-    ):
-        name, self.threshold = type(self).__name__, threshold or self.default
-        if not self.threshold > 0 or threshold != threshold:
+    def __init__(self, threshold: float | None = None, min_steps=1, every=1, max_entropy=math.inf, over: str = ""):
+        name, self.threshold = type(self).__name__, self.default if threshold is None else threshold
+        if not self.threshold > 0:  # NaN is not either
             raise ValueError(f"{name}: the threshold must be positive, got {threshold}. Its default is {self.default}.")
         if min_steps < 1 or every < 1 or not max_entropy > 0:
             raise ValueError(
-                f"{name}: min_steps {min_steps}, every {every} and max_entropy {max_entropy} must be positive"
+                f"{name}: min_steps {min_steps}, every {every}, max_entropy {max_entropy} must be positive"
             )
         if over not in ("", "last", "mean", "max"):
             raise ValueError(f"{name}: over {over!r} is not last, mean or max")

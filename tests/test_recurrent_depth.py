@@ -337,7 +337,7 @@ def test_rows_exit_for_themselves(model, rule, budget):
 
 @pytest.mark.parametrize("kind", [*R.EXITS.values()])
 def test_exit_rules_refuse(kind):
-    for bad in (-1, float("nan"), -1e-9):
+    for bad in (0, -1, float("nan"), -1e-9):
         with pytest.raises(ValueError, match="threshold must be positive"):
             kind(bad)
     for kw in ({"min_steps": 0}, {"every": 0}, {"max_entropy": 0}, {"max_entropy": float("nan")}):
@@ -572,20 +572,7 @@ def test_atan_adam_by_hand():
 
 # ---- ranks, resume
 
-SMALL = R.Config(
-    length=8,
-    start_length=4,
-    advance=9.0,
-    try_steps=1,
-    batch=8,
-    steps=6,
-    d_model=16,
-    d_mlp=24,
-    r_bar=3,
-    k=2,
-    warmup=1,
-    log_every=1,
-)
+SMALL = R.Config(length=8, batch=8, steps=6, d_model=16, d_mlp=24, r_bar=3, k=2, warmup=1, settle=9.0, log_every=1)
 
 
 def _gradients(rank, size, out):
