@@ -18,7 +18,7 @@ Differs  Pre-norm RMSNorm instead of LayerNorm after each part, without the head
          Presets paper and h200 have not been run; paper follows the published recipe and has no curriculum.
 
     python abacus.py                                             # laptop: tables, claim, picture
-    torchrun --nproc-per-node 2 abacus.py                        # the same on two processes
+    torchrun --nproc-per-node 2 abacus.py                        # the same; the processes share the models
     python abacus.py --quick                                     # Abacus alone
     python abacus.py train --seeds 5                             # five seeds: mean, minimum, best
     python abacus.py train --task sort --digits 4                # or sub, mul, or
@@ -89,7 +89,7 @@ class Config:
     logit_scale: str = opt("log", "of attention: none, or the logarithm of the context", choices=("none", "log"))
     state_init: str = opt("zero", "first state of the loop; noise is the published one", choices=("zero", "noise"))
     # training
-    steps: int = opt(700, "optimizer steps")
+    steps: int = opt(850, "optimizer steps")
     batch: int = opt(96, "examples per step, over all processes and buckets")
     buckets: int = opt(2, "parts of a batch sorted by length, each padded to its own longest example")
     lr: float = opt(3e-3, "peak learning rate of AdamW")
@@ -115,15 +115,13 @@ class Config:
     lengths: tuple = opt((8, 10, 12, 14, 16, 20), "lengths n of the n+n problems in tables")
     probe: tuple = opt((8, 10), "lengths n of the n+n problems tried during training; best.pt is best at these")
     probe_every: int = opt(100, "steps between those")
-    n: int = opt(200, "problems per length in tables")
+    per_length: int = opt(200, "problems per length in tables")
     grid: int = opt(20, "most digits in heat maps")
     per_cell: int = opt(10, "problems per cell of a heat map")
     quick: bool = opt(False, "demo: Abacus alone")
     rivals: tuple = opt(("nope", "learned", "rope"), "demo: positions that Abacus is compared with")
     few: int = opt(3, "demo: most digits in training of the second table")
-    few_steps: tuple = opt(
-        (400, 800, 400, 800), "demo: its steps, of Abacus and each rival: what each needs to learn it"
-    )
+    few_steps: tuple = opt((400, 800, 400, 800), "demo: its steps, of Abacus and each rival: as each needs")
     model: str = opt("results/abacus/seed0/best.pt", "eval: the weights to try")
 
     def __post_init__(self):
@@ -133,7 +131,7 @@ class Config:
         if "nope" in kinds and len(kinds) > 1:
             raise ValueError(f"--pos {self.pos}: nope is the absence of all others and joins none")
         counts = "digits max_offset max_positions d_model n_layer n_head ff recurrences steps batch buckets seeds"
-        for name in (counts + " log_every probe_every n grid per_cell few").split():
+        for name in (counts + " log_every probe_every per_length grid per_cell few").split():
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.d_model % self.n_head:
@@ -155,11 +153,11 @@ PRESETS = {
         "n_layer": 4, "n_head": 8, "ff": 1024, "steps": 9000, "batch": 4096, "buckets": 4, "lr": 6e-4,
         "warmup": 270, "cooldown": 0.3, "save_every": 500,
         "log_every": 50, "dtype": "bfloat16", "compile": True, "probe": (20, 30, 40, 60, 100), "probe_every": 250,
-        "beta2": 0.98, "n": 1000, "lengths": (20, 40, 60, 80, 100, 110, 120), "grid": 100, "per_cell": 100,
+        "beta2": 0.98, "per_length": 1000, "lengths": (20, 40, 60, 80, 100, 110, 120), "grid": 100, "per_cell": 100,
     },
     "paper": {  # the published shape and recipe, 8 layers x 2; the budget in steps is ours
         "digits": 20, "short": 0, "max_offset": 100, "grow": 0, "offset_per": "batch", "max_positions": 512,
-        "d_model": 1024, "n_layer": 8, "beta2": 0.98, "n": 1000, "lengths": (20, 40, 60, 80, 100, 120),
+        "d_model": 1024, "n_layer": 8, "beta2": 0.98, "per_length": 1000, "lengths": (20, 40, 60, 80, 100, 120),
         "n_head": 16, "ff": 1024, "norm": "post", "injection": "recurrence", "logit_scale": "none", "steps": 4500,
         "batch": 8192, "buckets": 4, "lr": 1e-4, "warmup": 450, "cooldown": 0.1, "weight_decay": 0.01, "clip": 0.5,
         "loss": "prog", "state_init": "noise", "save_every": 500, "log_every": 50, "dtype": "bfloat16",
@@ -370,19 +368,18 @@ class ArithmeticTransformer(nn.Module):
         gain = (8 * cfg.n_layer * cfg.recurrences) ** -0.25 if cfg.norm == "post" else 1.0  # pre-norm needs no less
         for name, p in self.named_parameters():
             g = cluster.generator(cfg.seed, 0, zlib.crc32(name.encode()))
-            if p.device.type == "meta" or "fire" in name or p.ndim < 2:
+            if p.device.type == "meta" or (p.ndim < 2 and "mlp" not in name):
                 continue
-            if name.startswith(("token", "abacus", "learned")):
+            if "fire" in name:
+                bound = 1.0 if "mlp.0" in name else 32**-0.5  # PyTorch's own for linear layers
+                nn.init.uniform_(p, -bound, bound, generator=g)
+            elif name.startswith(("token", "abacus", "learned")):
                 nn.init.normal_(p, std=cfg.d_model**-0.5, generator=g)
             elif "qkv" in name:
                 for part, by in zip(p.chunk(3), (1, 1, gain), strict=True):
                     nn.init.xavier_normal_(part, by, generator=g)
             else:
                 nn.init.xavier_normal_(p, gain, generator=g)
-        for i, layer in enumerate(self.layers):
-            for j, p in enumerate(layer.fire.mlp.parameters() if hasattr(layer, "fire") else ()):
-                g, bound = cluster.generator(cfg.seed, 1, i, j), 1 if j < 2 else 32**-0.5
-                nn.init.uniform_(p, -bound, bound, generator=g)
 
     def embed(self, ids: Tensor, offset=None) -> Tensor:
         """e, the normalised sum of token and position embeddings: ids (B, T) -> (B, T, C)."""
@@ -726,32 +723,32 @@ def exact_match(model, i: int, j: int, n: int = 200, task: str = "add", seed: in
     return evaluate_cells(model, [(i, j)], n, task, seed)[0, 0].item()
 
 
-def evaluate_cells(model, cells: list, n: int, task: str = "add", seed: int = 0, what: str = "") -> Tensor:
-    """Accuracy of n problems of each cell (i, j): (cells, 3) float64, columns as in score. Collective: the ranks share
-    the work, in pieces that do not depend on their number. what: names a progress bar."""
+def evaluate_cells(model, cells, n: int, task: str = "add", seed: int = 0, what: str = "", group=None) -> Tensor:
+    """Accuracy of n problems of each cell (i, j): (cells, 3) float64, columns as in score. Collective: the ranks of
+    `group` share the work, in pieces that do not depend on their number. what: names a progress bar."""
     device = next(model.parameters()).device
-    w = cluster.World(dist.get_rank(), dist.get_world_size(), device) if dist.is_initialized() else None
+    w = cluster.World(dist.get_rank(), dist.get_world_size(group), device) if dist.is_initialized() else None
     room, parts = 2**20 if device.type == "cuda" else 2**14, []  # tokens in a piece
     for c in sorted(range(len(cells)), key=lambda c: example_width(task, *cells[c])):  # like widths together
         if not parts or (len(parts[-1]) + 1) * n * example_width(task, *cells[c]) > room:
             parts.append([])
         parts[-1].append(c)
-    parts = parts[w.rank :: w.size] if w else parts
+    parts = parts[w.rank % w.size :: w.size] if w else parts
     found = torch.zeros(len(cells), 3, dtype=torch.float64)
     with _evaluating(model):
         for part in report.progress(parts, what, w) if w and what else parts:
             made = [problems(task, *cells[c], n, seed).ids for c in part]
             wide = max(x.shape[1] for x in made)
             ids = torch.cat([F.pad(x, (0, wide - x.shape[1]), value=PAD) for x in made]).to(device)
-            right = score(model, ids, _targets(ids))  # (cells in the part * n, 3)
+            right = torch.cat([score(model, b, _targets(b)) for b in ids.split(max(1, room // wide))])  # (part * n, 3)
             found[part] = right.double().unflatten(0, (len(part), n)).mean(dim=1).cpu()
-    return cluster.total(found.to(device)).cpu() if w else found
+    return cluster.total(found.to(device), group).cpu() if w else found
 
 
-def evaluate_grid(model, sizes_a, sizes_b, n: int = 100, task: str = "add", seed: int = 0, what: str = "") -> Tensor:
+def evaluate_grid(model, sizes_a, sizes_b, n=100, task="add", seed=0, what="", group=None) -> Tensor:
     """Exact match over operand lengths: (len(sizes_a), len(sizes_b)) float64. Collective."""
     cells = list(product(sizes_a, sizes_b))
-    return evaluate_cells(model, cells, n, task, seed, what)[:, 0].reshape(len(sizes_a), len(sizes_b))
+    return evaluate_cells(model, cells, n, task, seed, what, group)[:, 0].reshape(len(sizes_a), len(sizes_b))
 
 
 # ---- training
@@ -776,10 +773,13 @@ class Objective(nn.Module):
 
 
 class Trainer:
-    """One run: model, AdamW, and a step over buckets whose loss is normalised over all of them and all ranks."""
+    """One run: model, AdamW, and a step over buckets whose loss is normalised over all of them and all ranks.
 
-    def __init__(self, cfg: Config, w: cluster.World, state: dict | None = None):
-        self.cfg, self.w, self.step, self.best = cfg, w, 0, -1.0
+    group: the ranks that share the batch (default: all), w.size of them.
+    """
+
+    def __init__(self, cfg: Config, w: cluster.World, state: dict | None = None, group=None):
+        self.cfg, self.w, self.step, self.best, self.group = cfg, w, 0, -1.0, group
         if cfg.batch % (w.size * cfg.buckets):
             raise BadInput(f"--batch {cfg.batch} does not divide over {w.size} processes x --buckets {cfg.buckets}")
         self.model = ArithmeticTransformer(cfg).to(w.device)
@@ -795,7 +795,7 @@ class Trainer:
             for layer in self.model.layers:
                 layer.compile()
         shallow = cfg.loss == "prog" and cfg.injection in ("none", "first")  # then e may get no gradient
-        self.ddp = DistributedDataParallel(Objective(self.model), find_unused_parameters=shallow)
+        self.ddp = DistributedDataParallel(Objective(self.model), process_group=group, find_unused_parameters=shallow)
 
     def state(self) -> dict:
         setting = {name: getattr(self.cfg, name) for name in FIXED}
@@ -835,7 +835,7 @@ class Trainer:
             depths = _depths(cfg.recurrences, cfg.alpha, cluster.generator(cfg.seed, 4, self.step))
         total = torch.zeros((), device=w.device)
         for k, (ids, targets, offset) in enumerate(parts):
-            mine = slice(w.rank, None, w.size)
+            mine = slice(w.rank % w.size, None, w.size)
             offset = offset[mine] if offset is not None and offset.ndim else offset
             self.ddp.require_backward_grad_sync = k == len(parts) - 1
             with torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
@@ -852,17 +852,18 @@ class Trainer:
         self.step += 1
         if not log:
             return {}
-        return {"loss": float(cluster.total(total) / count), "lr": lr, "grad_norm": float(norm)}
+        return {"loss": float(cluster.total(total, self.group) / count), "lr": lr, "grad_norm": float(norm)}
 
     def probe(self, lengths: tuple, n: int = 64) -> dict:
         """Exact match, first digit and all other digits at n+n digits (sort: n elements of n digits). Collective."""
-        found = evaluate_cells(self.model, [(m, m) for m in lengths], n, self.cfg.task, self.cfg.seed).tolist()
+        cells = [(m, m) for m in lengths]
+        found = evaluate_cells(self.model, cells, n, self.cfg.task, self.cfg.seed, "", self.group).tolist()
         names = enumerate(("exact", "first", "rest"))
         return {f"{name}_{m}": row[i] for i, name in names for m, row in zip(lengths, found, strict=True)}
 
     def run(self, log: report.Run, what: str, folder: str = "") -> "Trainer":
         """Train to the end, logging as `what`; with `folder`, checkpoint.pt and best.pt go there, also on SIGTERM."""
-        cfg, w, start, shown = self.cfg, self.w, time.monotonic(), ""
+        cfg, w, start, shown, asked = self.cfg, self.w, time.monotonic(), "", False
         listen = cluster.stop_signal(w.device) if folder else contextlib.nullcontext(bool)  # bool() is False
         with listen as stopping, report.progress(None, what, w, cfg.steps, self.step) as bar:
             while self.step < cfg.steps:
@@ -880,16 +881,18 @@ class Trainer:
                     log.log(run=what, step=self.step, **line)
                     bar.set_postfix_str(f"{shown} loss {line.get('loss', math.nan):.3f}")
                 bar.update()
-                late = bool(cfg.minutes) and time.monotonic() - start > 60 * cfg.minutes
+                late, asked = False, stopping()
                 if cfg.minutes:  # the ranks' clocks differ: one late, all late
-                    late = bool(cluster.total(torch.tensor(int(late), device=w.device)))
-                stop = stopping() or late
-                due = stop or last or (cfg.save_every and self.step % cfg.save_every == 0)
+                    over = int(time.monotonic() - start > 60 * cfg.minutes)
+                    late = bool(cluster.total(torch.tensor(over, device=w.device)))
+                due = asked or late or last or (cfg.save_every and self.step % cfg.save_every == 0)
                 if folder and due and w.main:
                     cluster.save(f"{folder}/checkpoint.pt", self.state())
-                if stop and not last:
+                if (asked or late) and not last:
                     w.print(f"stopped after step {self.step} of {cfg.steps}; go on with --resume")
                     break
+        if asked:  # SIGTERM: no further seeds either
+            raise SystemExit(0)
         return self
 
 
@@ -932,7 +935,7 @@ def train(cfg: Config, resume: str | None = None) -> list[dict]:
                 cluster.set_aside(path)
             run = report.Run(folder, c, w, state["step"] if state else 0)
             trainer = Trainer(c, w, state).run(run, f"seed {seed}", folder)
-            found.append({"seed": seed, "step": trainer.step, **trainer.probe(cfg.probe, cfg.n)})
+            found.append({"seed": seed, "step": trainer.step, **trainer.probe(cfg.probe, cfg.per_length)})
             run.log(final=seed, **found[-1])
         last = cfg.probe[-1]
         keys = [*(f"exact_{n}" for n in cfg.probe), f"first_{last}", f"rest_{last}"]
@@ -949,23 +952,40 @@ def train(cfg: Config, resume: str | None = None) -> list[dict]:
 # ---- demo: the claim
 
 
-def compare(cfg: Config, w: cluster.World, run: report.Run, methods: list[tuple[str, int]], heat: int) -> dict:
-    """Train each (position, seed) alike and measure it over cfg.lengths and on a grid up to `heat`."""
-    found, n, sizes = {}, cfg.lengths[0], range(1, heat + 1)
-    for pos, seed in methods:
-        start, what = time.process_time(), f"{pos}, <= {cfg.digits} digits, seed {seed}"
-        model = Trainer(replace(cfg, pos=pos, seed=seed), w).run(run, what).model
-        diagonal = evaluate_cells(model, [(m, m) for m in cfg.lengths], cfg.n, cfg.task, seed)
-        grid = evaluate_grid(model, sizes, sizes, cfg.per_cell, cfg.task, seed, f"{what}: grid")
-        exact, first, rest = (dict(zip(cfg.lengths, column, strict=True)) for column in diagonal.T.tolist())
-        f = {"exact": exact, "first": first, "rest": rest, "trained": grid[: cfg.digits, : cfg.digits].mean().item()}
-        f["steps"], f["cpu_seconds"] = (
-            cfg.steps,
-            cluster.total(torch.tensor(time.process_time() - start, device=w.device)).item(),
-        )
-        found[pos, seed] = {**f, "grid": grid.tolist()}
-        run.log(measured=what, **found[pos, seed])
-        w.print(f"{what}: {n}+{n} {exact[n]:.2f} ({f['cpu_seconds']:.0f} CPU seconds)")
+class Lines(list):
+    """Stands in for report.Run where several ranks train: the lines are written when all are done."""
+
+    def log(self, **values) -> None:
+        self.append(values)
+
+
+def measure(cfg: Config, w: cluster.World, group) -> tuple[dict, Lines]:
+    """Train one model and measure it over cfg.lengths and on a grid of lengths."""
+    start, log, what = time.process_time(), Lines(), f"{cfg.pos}, <= {cfg.digits} digits, seed {cfg.seed}"
+    model, sizes = Trainer(cfg, w, group=group).run(log, what).model, range(1, cfg.grid + 1)
+    diagonal = evaluate_cells(model, [(m, m) for m in cfg.lengths], cfg.per_length, cfg.task, cfg.seed, "", group)
+    grid = evaluate_grid(model, sizes, sizes, cfg.per_cell, cfg.task, cfg.seed, f"{what}: grid", group)
+    exact, first, rest = (dict(zip(cfg.lengths, column, strict=True)) for column in diagonal.T.tolist())
+    f = {"exact": exact, "first": first, "rest": rest, "trained": grid[: cfg.digits, : cfg.digits].mean().item()}
+    f |= {"steps": cfg.steps, "cpu_seconds": time.process_time() - start, "grid": grid.tolist()}
+    log.log(measured=what, **f)
+    w.print(f"{what}: done in {f['cpu_seconds']:.0f} CPU seconds")
+    return f, log
+
+
+def compare(jobs: list[Config], w: cluster.World, run: report.Run) -> dict:
+    """measure() each, (digits, position, seed) -> what was found. The ranks share the models, not the batches, so the
+    numbers are those of one process; rank 0 shows its own progress."""
+    alone = [dist.new_group([r]) for r in range(w.size)][w.rank]
+    mine = [measure(c, cluster.World(w.rank, 1, w.device), alone) for c in jobs[w.rank :: w.size]]
+    every = [None] * w.size
+    dist.all_gather_object(every, mine)
+    found = {}
+    for i, c in enumerate(jobs):
+        f, lines = every[i % w.size][i // w.size]
+        found[c.digits, c.pos, c.seed] = f
+        for line in lines:
+            run.log(**line)
     return found
 
 
@@ -974,68 +994,62 @@ def table(cfg: Config, found: dict) -> str:
     n = cfg.lengths[0]
     head = ["positions", "steps", f"1..{cfg.digits} grid", *(f"{m}+{m}" for m in cfg.lengths), f"first digit {n}+{n}"]
     rows = []
-    for (pos, seed), f in found.items():
+    for (_, pos, seed), f in found.items():
         seen = [f["trained"], *f["exact"].values(), f["first"][n], f["rest"][n], f"{f['cpu_seconds']:.0f}"]
         rows.append([f"{pos}, seed {seed}", f["steps"], *seen])
     return f"\nexact match after training on <= {cfg.digits} digits\n{report.table([*head, 'others', 'CPU s'], rows)}\n"
 
 
 def demo(cfg: Config, w: cluster.World) -> None:
-    """Abacus against other positions at equal budget, twice: where only Abacus learns to add, and where all do."""
-    run, rivals, last = report.Run(cfg.out, cfg, w), () if cfg.quick else cfg.rivals, cfg.seed + cfg.seeds
-    found = compare(cfg, w, run, [("abacus", seed) for seed in range(cfg.seed, last)], cfg.grid)
-    if all(f["first"][cfg.lengths[0]] < 0.9 for f in found.values()):
-        w.print("no seed found the first digit of the answer (see --help); one more seed, and all are reported")
-        found |= compare(cfg, w, run, [("abacus", last)], cfg.grid)
-    found |= compare(cfg, w, run, [(pos, cfg.seed) for pos in rivals], cfg.grid)
+    """Abacus against other positions at equal budget, and where all learn to add; table, picture, claim."""
+    run, rivals, few = report.Run(cfg.out, cfg, w), () if cfg.quick else cfg.rivals, []
+    jobs = [replace(cfg, pos="abacus", seed=cfg.seed + s) for s in range(cfg.seeds)]
+    jobs += [replace(cfg, pos=pos) for pos in rivals]
+    for steps, pos in zip(cfg.few_steps, ("abacus", *rivals) if rivals else (), strict=False):
+        curriculum = {"short": cfg.short * steps // cfg.steps, "grow": cfg.grow * steps // cfg.steps}
+        small = replace(cfg, digits=cfg.few, lengths=tuple(range(cfg.few, cfg.few + 3)), grid=cfg.few + 2, **curriculum)
+        few.append(replace(small, pos=pos, steps=steps, probe=small.lengths))
+    every = compare(jobs + few, w, run)
+    found = {key: f for key, f in every.items() if key[0] == cfg.digits}
+    if all(f["first"][cfg.lengths[0]] < 0.9 for key, f in found.items() if key[1] == "abacus"):
+        w.print("no seed of abacus found the first digit of the answer (see --help); one more, and all are reported")
+        found |= compare([replace(cfg, pos="abacus", seed=cfg.seed + cfg.seeds)], w, run)
     w.print(table(cfg, found))
-    few = {}
-    if rivals:
-        w.print(f"the same on up to {cfg.few} digits, where the others learn to add as well: is it extrapolation?\n")
-        lengths = tuple(range(cfg.few, cfg.few + 3))
-        for i, pos in enumerate(("abacus", *rivals)):
-            steps = cfg.few_steps[min(i, len(cfg.few_steps) - 1)]
-            curriculum = {"short": cfg.short * steps // cfg.steps, "grow": cfg.grow * steps // cfg.steps}
-            small = replace(cfg, digits=cfg.few, lengths=lengths, probe=lengths, steps=steps, **curriculum)
-            few |= compare(small, w, run, [(pos, cfg.seed)], cfg.few)
-        w.print(table(small, few))
+    small = {key: f for key, f in every.items() if key not in found}
+    if few:
+        w.print("where the others learn to add as well: is it extrapolation?" + table(few[0], small))
     if w.main:
         layout = {"ncols": len(found), "figsize": (3.6 * len(found) + 1, 4), "squeeze": False}
         w.print(report.picture(f"{cfg.out}/abacus.png", functools.partial(draw, cfg.digits, found), **layout))
-    claim(cfg, w, run, found, few)
-
-
-def claim(cfg: Config, w: cluster.World, run: report.Run, found: dict, few: dict) -> None:
-    """The last line: what holds, by the best Abacus seed and every rival."""
-    ours = max((f["exact"] for (pos, _), f in found.items() if pos == "abacus"), key=lambda e: sum(e.values()))
+    ours = max((f["exact"] for key, f in found.items() if key[1] == "abacus"), key=lambda e: sum(e.values()))
     far = cfg.lengths[min(1, len(cfg.lengths) - 1)]
-    rivals = {pos: f["exact"][far] for (pos, _), f in found.items() if pos != "abacus"}
+    theirs = {pos: f["exact"][far] for (_, pos, _), f in found.items() if pos != "abacus"}
     here = "Abacus " + ", ".join(f"{m}+{m} {x:.2f}" for m, x in ours.items())
-    if rivals:
-        here += f"; at {far}+{far} " + ", ".join(f"{pos} {x:.2f}" for pos, x in rivals.items())
+    if theirs:
+        here += f"; at {far}+{far} " + ", ".join(f"{pos} {x:.2f}" for pos, x in theirs.items())
     if few:
-        m = cfg.few + 2
+        m = few[0].lengths[-1]
         here += f"; trained on <= {cfg.few} digits, at {m}+{m} "
-        here += ", ".join(f"{pos} {f['exact'][m]:.2f}" for (pos, _), f in few.items())
+        here += ", ".join(f"{pos} {f['exact'][m]:.2f}" for (_, pos, _), f in small.items())
     bars = [x >= bar for x, bar in zip(ours.values(), (0.95, 0.85, 0.5), strict=False)]
     run.claim(
         f"Abacus positions add numbers longer than the {cfg.digits} digits of training",
         "up to 99 % exact match at 100 digits after training on <= 20",
         here,
-        all(bars) and all(x <= 0.05 for x in rivals.values()),
+        all(bars) and all(x <= 0.05 for x in theirs.values()),
         f"{cfg.steps} steps of {cfg.batch}, {cfg.n_layer} layers x {cfg.recurrences} of {cfg.d_model}, {w.device.type}",
     )
 
 
 def draw(digits: int, found: dict, figure, axes) -> None:
     """A heat map of exact match per method over both operands' lengths; the lengths of training are outlined."""
-    for ax, ((pos, seed), f) in zip(axes[0], found.items(), strict=True):
-        grid, edge = torch.tensor(f["grid"]), digits + 0.5
-        extent = (0.5, len(grid) + 0.5) * 2
-        image = ax.imshow(grid.T, origin="lower", extent=extent, vmin=0, vmax=1, cmap="viridis")
+    for ax, ((_, pos, seed), f) in zip(axes[0], found.items(), strict=True):
+        grid, edge = list(zip(*f["grid"], strict=True)), digits + 0.5  # rows are b, columns a
+        extent = (0.5, len(grid[0]) + 0.5, 0.5, len(grid) + 0.5)
+        image = ax.imshow(grid, origin="lower", extent=extent, vmin=0, vmax=1, cmap="viridis")
         ax.plot([0.5, edge, edge], [edge, edge, 0.5], color="red", lw=1.5)
         ax.set(xlabel="digits of a", ylabel="digits of b", title=f"{pos}, seed {seed}")
-        ax.set(xlim=extent[:2], ylim=extent[:2])
+        ax.set(xlim=extent[:2], ylim=extent[2:])
     figure.colorbar(image, ax=axes[0].tolist(), label="exact match", shrink=0.8)
 
 
@@ -1046,7 +1060,7 @@ def evaluate(cfg: Config, w: cluster.World) -> None:
     """Try the weights of --model: a table over --lengths, the grid and its picture, and one problem token by token."""
     model = load_weights(cfg.model, cfg, w.device)
     c, run = model.cfg, report.Run(f"{cfg.out}/eval", cfg, w)
-    found = evaluate_cells(model, [(n, n) for n in cfg.lengths], cfg.n, c.task, cfg.seed, "lengths").tolist()
+    found = evaluate_cells(model, [(n, n) for n in cfg.lengths], cfg.per_length, c.task, cfg.seed, "lengths").tolist()
     rows = [[f"{n}+{n}", *row] for n, row in zip(cfg.lengths, found, strict=True)]
     w.print(report.table(["digits", "exact match", "first digit", "all others"], rows))
     start, sizes = time.perf_counter(), range(1, cfg.grid + 1)
@@ -1059,7 +1073,7 @@ def evaluate(cfg: Config, w: cluster.World) -> None:
     )
     run.log(lengths=cfg.lengths, found=found, grid=grid.tolist(), seconds=seconds)
     if w.main:
-        paint = functools.partial(draw, c.digits, {(c.pos, c.seed): {"grid": grid.tolist()}})
+        paint = functools.partial(draw, c.digits, {(c.digits, c.pos, c.seed): {"grid": grid.tolist()}})
         w.print(report.picture(f"{cfg.out}/eval/grid.png", paint, figsize=(6, 5), squeeze=False))
     ids = problems(c.task, cfg.lengths[-1], cfg.lengths[-1], 1, cfg.seed).ids
     prompt, right = ids[:, : int((ids == EQUALS).nonzero()[0, 1]) + 1], decode(ids[0]).split("=")[1]
@@ -1094,16 +1108,16 @@ def bench(cfg: Config, w: cluster.World) -> None:
         f"floor, its matrix products at the measured rate: {floor * 1e3:.0f} ms ({floor / s:.0%})"
     )
 
-    model, b = trainer.model, problems(cfg.task, cfg.grid, cfg.grid, cfg.n)
+    model, b = trainer.model, problems(cfg.task, cfg.grid, cfg.grid, cfg.per_length)
     ids, targets = b.ids.to(w.device), b.targets.to(w.device)
     prompt, new = ids[:, : int((ids[0] == EQUALS).nonzero()[0]) + 1], int((targets != -100).sum(dim=1).max())
-    one = lambda: evaluate_cells(model, [(cfg.grid, cfg.grid)], cfg.n, cfg.task)
+    one = lambda: evaluate_cells(model, [(cfg.grid, cfg.grid)], cfg.per_length, cfg.task)
     cases = {"one pass": one, "token by token": lambda: generate(model, prompt, new, eos=-1)}
     (s, spread), (slow, wide) = report.timed(cases, w.device, repeats=5).values()
     found["one pass against token by token"] = slow / s
     w.print(
-        f"\n{cfg.n} problems of {cfg.grid}+{cfg.grid}: one pass {s * 1e3:.0f} ± {spread * 1e3:.0f} ms, problems made "
-        f"included; token by token, {new} passes, {slow * 1e3:.0f} ± {wide * 1e3:.0f} ms: {slow / s:.1f} x"
+        f"\n{cfg.per_length} problems of {cfg.grid}+{cfg.grid}: one pass {s * 1e3:.0f} ± {spread * 1e3:.0f} ms, with "
+        f"making the problems; token by token, {new} passes, {slow * 1e3:.0f} ± {wide * 1e3:.0f} ms: {slow / s:.1f} x"
     )
     if w.main:
         report.write_json(f"{cfg.out}/bench.json", found)
