@@ -936,7 +936,8 @@ def train(cfg: Config, resume: str | None = None) -> list[dict]:
             run = report.Run(folder, c, w, state["step"] if state else 0)
             trainer = Trainer(c, w, state).run(run, f"seed {seed}", folder)
             found.append({"seed": seed, "step": trainer.step, **trainer.probe(cfg.probe, cfg.per_length)})
-            run.log(final=seed, **found[-1])
+            if trainer.step == c.steps:
+                run.log(final=seed, **found[-1])
         last = cfg.probe[-1]
         keys = [*(f"exact_{n}" for n in cfg.probe), f"first_{last}", f"rest_{last}"]
         rows = [[f"seed {f['seed']}", f["step"], *(f[k] for k in keys)] for f in found]
@@ -1067,10 +1068,10 @@ def evaluate(cfg: Config, w: cluster.World) -> None:
     grid = evaluate_grid(model, sizes, sizes, cfg.per_cell, c.task, cfg.seed, "grid")
     seconds, known = time.perf_counter() - start, torch.zeros_like(grid, dtype=torch.bool)
     known[: c.digits, : c.digits] = True
-    w.print(
-        f"grid 1..{cfg.grid}, {cfg.per_cell} problems a cell, {seconds:.1f} s: lengths of training "
-        f"{grid[known].mean():.3f}, others {grid[~known].mean():.3f}"
-    )
+    shares = [
+        f"{name} {grid[part].mean():.3f}" for name, part in (("trained", known), ("others", ~known)) if part.any()
+    ]
+    w.print(f"grid 1..{cfg.grid}, {cfg.per_cell} problems a cell, {seconds:.1f} s: lengths {', '.join(shares)}")
     run.log(lengths=cfg.lengths, found=found, grid=grid.tolist(), seconds=seconds)
     if w.main:
         paint = functools.partial(draw, c.digits, {(c.digits, c.pos, c.seed): {"grid": grid.tolist()}})
