@@ -1741,8 +1741,8 @@ def bench(cfg: Config, w: cluster.World) -> None:
     device = w.device
     if device.type == "cuda":
         return bench_huginn(cfg, w)
-    T, r = 512, 8
-    model = RecurrentDepthLM(RecurrentConfig.preset("tiny", block_size=1024), cfg.seed).eval()
+    T, r, wide = 512, 8, {"n_embd": 256, "num_attention_heads": 8, "intermediate_size": 704, "block_size": 1024}
+    model = RecurrentDepthLM(RecurrentConfig.preset("tiny", **wide), cfg.seed).eval()
     ids = torch.randint(256, (1, T), generator=cluster.generator(cfg.seed))
     caches = {"one preallocated tensor": RecurrentCache(capacity=T), "tensors stacked at each call": StackingCache()}
     for cache in caches.values():
