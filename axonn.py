@@ -1,6 +1,35 @@
-"""AxoNN: train one model on a 4D grid of processes, exactly as one process would, and plan which grid is fastest.
+"""AxoNN: train one model on a 4D grid of processes exactly as one process would, and predict which grid is fastest.
 
-PLACEHOLDER
+Paper    Singh et al., "Democratizing AI: Open-source Scalable LLM Training on GPU-based Supercomputers", SC'24,
+         arXiv:2502.08145; the model of communication from "A 4D Hybrid Algorithm to Scale Parallel Training to
+         Thousands of GPUs", arXiv:2305.13525.
+Idea     Arrange the ranks as Gx x Gy x Gz x Gdata. The first three axes split the three loops of every matrix product,
+         the fourth is data parallelism; every second layer swaps X and Y, so that activations never move.
+         Megatron's tensor parallelism, ZeRO-3 and hybrid sharding are corners of the grid. Communication hides behind
+         products, and a model of ring collectives ranks the grids, so that only the first few need trying.
+Here     The claims we check: every grid of 8 ranks gives one process's losses and gradient norms to 1e-12; the wire
+         volume is the formula's, integer for integer; overlap changes no bit; the ranking correlates with measured
+         steps; a wide model recites what it saw 16 times, a narrow one does not, and the goldfish loss stops it.
+         Left out: dropout, pipeline parallelism, the paper's speeds (GPU: not yet measured).
+Differs  Weights are gathered again in backward (the paper keeps them; --cache-weights). Norm statistics are of the
+         whole width, biases get exact gradients, blocks that Gz does not divide are padded. Only the native layout, no
+         re-layout around each layer. q, k, v are one product whose X blocks hold whole heads; key/value heads are never
+         replicated. Parameters are the fp32 masters; products cast them. The data-parallel all-reduce overlaps too.
+         The laptop's planner uses measured rates and counts every call; `plan` uses the paper's table. The memorisation
+         study is a toy on random documents, for Llama models of up to 405B on Wikipedia.
+
+    python axonn.py                                                 # laptop: starts 8 ranks, all claims, the picture
+    torchrun --nproc-per-node 2 axonn.py                            # the same on the ranks it is given
+    python axonn.py plan --model 20B --world 64 --sequences 2048 --machine perlmutter --top 10
+    torchrun --nproc-per-node 4 axonn.py train --grid 2 1 2 1 --device cpu      # --resume goes on, on any grid
+    torchrun --nproc-per-node 3 axonn.py train --model smollm2 --grid 3 1 1 1 --batch 2 --steps 3 --lr 1e-5
+    python axonn.py bench --ranks 4                                 # waiting per grid, overlap on and off; NN/NT/TN
+    python axonn.py bench --model 5B --checkpoint --dtype bfloat16 --batch 16 --accum 4     # one GPU (not yet run)
+    torchrun --nnodes $N --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint $HEAD:29500 axonn.py train \\
+        --model 20B --grid 8 1 4 2 --tokens-per-step 4194304 --dtype bfloat16 --checkpoint        # (not yet run)
+
+Expect   "all 20 grids of 8 ranks equal one process within 1e-12: yes; volumes exact: yes; overlap bit-equal: yes"
+Writes   results/axonn/: metrics.jsonl, claim.json, axonn.png; checkpoint/ (train), bench.json (bench).
 """
 
 import contextlib
@@ -189,7 +218,7 @@ class Grid:
             if self.size > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
                 raise ValueError(
                     f"grid {self} needs {self.size} ranks and there is no process group. "
-                    f"Start them: torchrun --nproc-per-node {self.size} axonn.py train --grid {str(self).replace('x', ' ')}"
+                    f"Start them: torchrun --nproc-per-node {self.size} axonn.py ..."
                 )
             dist.init_process_group(backend or "gloo", rank=0, world_size=1, store=dist.HashStore())
         ranks = tuple(range(dist.get_world_size()) if ranks is None else ranks)
@@ -316,7 +345,7 @@ class Layout:
 
 
 def normal(name: str, shape: tuple, rows: slice, cols: slice, std: float, seed: int) -> Tensor:
-    """Rows and columns of the matrix that `name` starts from: the same numbers on every grid, drawn 256 rows at a time."""
+    """Rows and columns of the matrix that `name` starts from, the same on every grid, drawn 256 rows at a time."""
     step, drawn = 256, []
     for first in range(rows.start // step * step, rows.stop, step):
         g = cluster.generator(seed, zlib.crc32(name.encode()), first)
@@ -326,7 +355,7 @@ def normal(name: str, shape: tuple, rows: slice, cols: slice, std: float, seed: 
 
 
 def _parameter(grid: Grid, layout: Layout, kind: str, split: str, get: Callable, dtype, device) -> nn.Parameter:
-    """A flat parameter. kind: matrix (weight decay) or vector. split: axes among xyz along which ranks hold other parts."""
+    """A flat parameter. kind: matrix (weight decay) or vector. split: axes of xyz along which parts differ."""
     flat = torch.empty(layout.size, dtype=dtype or torch.get_default_dtype(), device=device or grid.device)
     p = nn.Parameter(layout.fill(flat, get))
     p.where, p.kind, p.split = layout, kind, split
@@ -532,7 +561,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, grid, h, eps):
-        """x (..., h/Gy), weight and bias (h/Gy,) in a wide dtype; two all-reduces of one number a token, RMSNorm one."""
+        """x (..., h/Gy), weight and bias (h/Gy,), wide; two all-reduces of one number a token, RMSNorm one."""
         wide = torch.promote_types(x.dtype, torch.float32)
         c = x.to(wide)
         if bias is not None:
@@ -974,8 +1003,9 @@ PRESETS = {
     "tiny": GPTConfig(2, 64, 8, vocab=512, seq=64),
     "1.3B": GPTConfig(24, 2048, 16),
     **{name: GPTConfig(*sizes, init_std=0.006, tied=True) for name, sizes in {
-        "5B": (24, 4096, 32), "10B": (32, 5120, 40), "20B": (32, 7168, 56), "40B": (38, 9216, 72), "60B": (56, 9216, 72),
-        "80B": (42, 12288, 96), "160B": (84, 12288, 96), "320B": (96, 16384, 128), "640B": (192, 16384, 128),
+        "5B": (24, 4096, 32), "10B": (32, 5120, 40), "20B": (32, 7168, 56), "40B": (38, 9216, 72),
+        "60B": (56, 9216, 72), "80B": (42, 12288, 96), "160B": (84, 12288, 96),
+        "320B": (96, 16384, 128), "640B": (192, 16384, 128),
     }.items()},
 }  # fmt: skip
 
@@ -1121,7 +1151,7 @@ def load_tensors(model: nn.Module, get: Callable) -> None:
 
 
 def load_full_state_dict(model: nn.Module, sd: dict[str, Tensor] | None) -> None:
-    """Fill the model on any grid from whole tensors that rank 0 of the grid holds. Collective over all ranks of the job.
+    """Fill the model on any grid from whole tensors that rank 0 holds. Collective over all ranks of the job.
 
     ValueError: missing or unexpected names, wrong shapes; all are listed.
     """
@@ -1295,10 +1325,10 @@ def predict_comm_time(
     b: int = 2,
     b_g: int = 2,
 ) -> dict:
-    """Seconds of communication of a step over `tokens`, by the paper's ring model: ag_z rs_z ar_fwd ar_bwd ar_data total.
+    """Seconds of communication of a step by the paper's ring model: ag_z, rs_z, ar_fwd, ar_bwd, ar_data, total.
 
-    c_ag 2: weights gathered again in backward; c_fwd 2: recomputation repeats the forward all-reduce. b bytes per weight
-    and activation, b_g per gradient over data. Left out: embedding, head, norms, overlap, and latency when alpha is 0.
+    c_ag 2: weights gathered again in backward; c_fwd 2: recomputation repeats the forward all-reduce. b bytes per
+    weight and activation, b_g per gradient over data. Left out: embedding, head, norms, overlap, latency if alpha is 0.
     """
     gx, gy, gz, gd = dims
     beta = lambda axis: machine.bandwidth(axis, dims)
@@ -1320,8 +1350,8 @@ def predict_comm_time(
 
 
 def rank_configs(
-    cfg: GPTConfig, world: int, sequences: int, machine: Machine, *, min_tp: int = 1, top_k: int = 10, powers: bool = True,
-    **opts,
+    cfg: GPTConfig, world: int, sequences: int, machine: Machine, *, min_tp: int = 1, top_k: int = 10,
+    powers: bool = True, **opts,
 ) -> list:  # fmt: skip
     """[(dims, seconds, parts)] of the grids of `world` ranks that fit, best first, ties by dims. Try the first few.
 
@@ -1483,7 +1513,7 @@ DOCS, PREFIX, SUFFIX = 16, 32, 16  # documents in a bucket, tokens given, tokens
 
 
 def goldfish_mask(targets: Tensor, k: int = 2, h: int = 13) -> Tensor:
-    """True where the goldfish loss drops a target: targets (B, L) -> bool. arXiv:2406.10209; goldfish.py says it all."""
+    """True where the goldfish loss drops a target (B, L) -> bool. arXiv:2406.10209; goldfish.py says it all."""
     table = torch.rand(1_000_003, generator=torch.Generator().manual_seed(2971215073))
     value = targets.unfold(1, h, 1).prod(dim=2)  # (B, L - h + 1), wrapped int64 products of h tokens
     drop = (table[value % len(table)] * 2**24).long() * k < 2**24
@@ -1733,7 +1763,7 @@ WIDTHS = (64, 256)
 
 
 def curve(c: GPTConfig, grid: Grid, seed: int, steps: int = 4, rows: int = 16) -> dict:
-    """Train a few steps on random tokens: losses, norms; do wire counts equal volume(), overlapped gradients bit for bit?
+    """Train a few steps: losses, norms; do wire counts equal volume(), and overlapped gradients the others bit for bit?
 
     After each of the last two updates the gradients are computed both ways, the second time with prefetches.
     """
@@ -1759,7 +1789,7 @@ def curve(c: GPTConfig, grid: Grid, seed: int, steps: int = 4, rows: int = 16) -
 
 
 def same_curves(cfg: Config, w: cluster.World, run: report.Run) -> dict:
-    """Parts A, B, D: every grid of this many ranks against one process, by loss and norm, wire counts, overlapped bits."""
+    """Parts A, B, D: every grid of this many ranks against one process: loss, norm, wire counts, overlapped bits."""
     alone = curve(SMALL, Grid(ranks=(w.rank,)), cfg.seed)
     found = {"alone": alone["loss"], "loss": 0.0, "norm": 0.0, "volume": True, "bits": True, "curves": {}}
     fit = [d for d in grids(w.size) if not SMALL.misfit(*d[:2]) and 16 % (d[2] * d[3]) == 0]
@@ -1848,7 +1878,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
         f"B  calls and wire elements per collective and axis equal the formula: {yes(same['volume'])}\n"
         f"D  gradients with overlapped communication are the same bits: {yes(same['bits'])}"
     )
-    timed = planner(cfg, w, run) if w.size > 1 else {}
+    timed, judged = planner(cfg, w, run) if w.size > 1 else {}, w.size >= 4  # four grids of two ranks rank nothing
     if timed:
         rows = [["x".join(map(str, d)), f"{1e3 * p:.0f}", f"{1e3 * t:.0f}"] for d, (p, t) in timed["points"].items()]
         w.print("\n" + report.table(["C  grid", "predicted communication ms", "measured step ms"], rows))
@@ -1866,16 +1896,18 @@ def demo(cfg: Config, w: cluster.World) -> None:
         )
     (narrow, wide), (_, guarded) = ([exact[width, g] for width in WIDTHS] for g in (False, True))
     toy = wide[-1] > narrow[-1] and wide[-1] > wide[0] and wide == sorted(wide) and max(guarded) <= wide[0] + 0.05
-    rank = timed.get("spearman", 1.0)
+    rank = timed.get("spearman", 0.0)
+    equal = max(same["loss"], same["norm"]) <= 1e-12
     if not w.main:
         return
     run.claim(
         "one algorithm trains on any 4D grid as one process would, hides its communication, and predicts its best grid",
         "620.1 Pflop/s on 4096 A100, 1.381 Eflop/s on 32768 MI250X dies; overlap and planning checked there by speed",
-        f"all {same['grids']} grids of {w.size} ranks equal one process within 1e-12: {yes(max(same['loss'], same['norm']) <= 1e-12)}; "
-        f"volumes exact: {yes(same['volume'])}; overlap bit-equal: {yes(same['bits'])}; Spearman {rank:.2f}; "
+        f"all {same['grids']} grids of {w.size} ranks equal one process within 1e-12: {yes(equal)}; "
+        f"volumes exact: {yes(same['volume'])}; overlap bit-equal: {yes(same['bits'])}; "
+        f"Spearman {rank:.2f}{'' if judged else ' (4 grids: not judged)'}; "
         f"recited after 16 epochs {narrow[-1]:.2f} (narrow), {wide[-1]:.2f} (wide), {guarded[-1]:.2f} (wide, goldfish)",
-        max(same["loss"], same["norm"]) <= 1e-12 and same["volume"] and same["bits"] and rank >= 0.5 and toy,
+        equal and same["volume"] and same["bits"] and (rank >= 0.5 or not judged) and toy,
         f"{w.size} gloo ranks on one machine, {SMALL.n_layer} layers, width {SMALL.d_model}, seed {cfg.seed}",
     )
 
@@ -1924,7 +1956,8 @@ def bench(cfg: Config, w: cluster.World) -> None:
         fit = [make_grid(cfg, w).dims]
     tokens = cfg.batch * c.seq
     w.print(f"{report.device_name(w.device)}, {w.size} ranks, {cfg.model}, {cfg.dtype}, {tokens} tokens a step, "
-            f"{'with' if c.checkpoint else 'without'} recomputation; matrix products alone reach {ceiling / 1e12:.3f} TFLOP/s a rank")  # fmt: skip
+            f"{'with' if c.checkpoint else 'without'} recomputation; "
+            f"matrix products alone reach {ceiling / 1e12:.3f} TFLOP/s a rank")  # fmt: skip
     model_flop, hardware_flop = (flops_per_iteration(c, tokens, again) / w.size for again in (False, c.checkpoint))
     w.print(f"FLOP per rank and step: model {model_flop:.4g}, hardware {hardware_flop:.4g}")
     times, rows = step_times(c, fit, cfg.batch, cfg.accum, 5, w, range(w.size), (False, True)), []
@@ -1954,8 +1987,9 @@ def bench(cfg: Config, w: cluster.World) -> None:
     if not cuda:
         w.print("on a CPU all widths are divided by 64; on NVIDIA GPUs expect 0 to 5 %, the paper's gain is AMD's")
     if w.main:
-        report.write_json(f"{cfg.out}/bench.json", {"grids": [dict(zip(head, r, strict=True)) for r in rows], "ceiling": ceiling,
-            "copied": copied, "products": products, "model_flop": model_flop, "hardware_flop": hardware_flop})  # fmt: skip
+        found = {"ceiling": ceiling, "copied": copied, "model_flop": model_flop, "hardware_flop": hardware_flop}
+        found |= {"grids": [dict(zip(head, r, strict=True)) for r in rows], "products": products}
+        report.write_json(f"{cfg.out}/bench.json", found)
 
 
 def plan(cfg: Config) -> None:
@@ -1977,7 +2011,8 @@ def plan(cfg: Config) -> None:
     ]
     tokens = cfg.sequences * c.seq
     print(f"{cfg.model}: {parameters(c) / 1e9:.2f} G parameters, {tokens} tokens and "
-          f"{flops_per_iteration(c, tokens):.3g} FLOP per step, {cfg.world} ranks of {cfg.machine}, bf16, recomputation")  # fmt: skip
+          f"{flops_per_iteration(c, tokens):.3g} FLOP per step, {cfg.world} ranks of {cfg.machine}, bf16, "
+          f"recomputation")  # fmt: skip
     print(report.table(["Gx Gy Gz Gd", *(f"{n} s" for n in names), "sum s", "GiB/rank"], rows))
     print("communication alone, none of it hidden; try the first few: --grid takes the first column")
 

