@@ -31,7 +31,7 @@ Differs  Pre-norm RMSNorm instead of LayerNorm after each part, without the head
     python abacus.py train --preset h200 --seed 1 --resume --steps 6000    # a nearer end, while the rate is still flat
     python abacus.py eval --preset h200 --model results/abacus/seed1/best.pt
 
-Expect   EXPECT
+Expect   After 850 steps 8+8 >= 0.95 and 10+10 >= 0.85 on CPU for seeds 0 to 4, and 12+12 >= 0.5 for all but seed 4.
 Writes   results/abacus/: metrics.jsonl, claim.json, abacus.png; seedN/ (train): metrics.jsonl, checkpoint.pt to go on
          from, best.pt (fp16 weights, best at the --probe lengths); eval/; bench.json.
 """
@@ -1049,9 +1049,11 @@ def draw(digits: int, found: dict, figure, axes) -> None:
         extent = (0.5, len(grid[0]) + 0.5, 0.5, len(grid) + 0.5)
         image = ax.imshow(grid, origin="lower", extent=extent, vmin=0, vmax=1, cmap="viridis")
         ax.plot([0.5, edge, edge], [edge, edge, 0.5], color="red", lw=1.5)
-        ax.set(xlabel="digits of a", ylabel="digits of b", title=f"{pos}, seed {seed}")
-        ax.set(xlim=extent[:2], ylim=extent[2:])
-    figure.colorbar(image, ax=axes[0].tolist(), label="exact match", shrink=0.8)
+        ticks = range(4, len(grid) + 1, 4)
+        ax.set(xlabel="digits of a", title=f"{pos}, seed {seed}", xlim=extent[:2], ylim=extent[2:], xticks=ticks)
+        ax.set_yticks(ticks)
+    axes[0][0].set_ylabel("digits of b")
+    figure.colorbar(image, ax=axes[0].tolist(), label="exact match (red: lengths of training)", shrink=0.8, pad=0.02)
 
 
 # ---- eval and bench
