@@ -7,7 +7,8 @@ Idea     Write numbers least significant digit first, and add to each digit's em
          A looped block of layers, which the input enters again before each layer, extrapolates better still.
 Here     The claim we check: after training on up to 8 digits, sums of 10 and 12 digits are exact where learned, rotary
          and no positions fail. Where those do not even learn 8 digits that says little, so a second table trains all on
-         up to 3 digits, which each can learn. Five tasks: addition, subtraction, multiplication, bitwise OR, sorting; claims for addition alone.
+         up to 3 digits, which each can learn. Five tasks: addition, subtraction, multiplication, bitwise OR, sorting;
+         claims for addition alone.
 Differs  Pre-norm RMSNorm instead of LayerNorm after each part, without the head of the released model (--norm post
          builds its exact shape); the loop's state starts at 0, not at noise; one offset per sample, not per batch;
          queries scaled by the logarithm of their place; no weight decay; a schedule in steps, not in seconds, with a
