@@ -18,7 +18,7 @@ Differs  0.1 M parameters, (1, 1, 0) layers on running parity and an untied head
          (DDP only). Rows of a batch exit one by one; the released code takes one row. The 1-D parameters do not decay
          (the released code lets ln_f decay). AtanAdam floors a copy of v.
 
-    python recurrent_depth.py                                        # laptop: the claim, the tables, the picture
+    python recurrent_depth.py                                        # laptop: three seeds, the tables, the picture
     torchrun --nproc-per-node 2 recurrent_depth.py                   # the same on two processes
     python recurrent_depth.py train --preset bytes                   # a byte-level language model of Python's sources
     python recurrent_depth.py generate --prompt "def f(" --exit kl   # what it says, and iterations per token
