@@ -42,9 +42,11 @@ Writes   results/abacus/: metrics.jsonl, claim.json, abacus.png; seedN/ (train):
 import contextlib
 import functools
 import math
+import multiprocessing
 import string
 import time
 import zlib
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -123,6 +125,7 @@ class Config:
     per_cell: int = opt(10, "problems per cell of a heat map")
     quick: bool = opt(False, "demo: Abacus alone")
     rivals: tuple = opt(("nope", "learned", "rope"), "demo: positions that Abacus is compared with")
+    workers: int = opt(2, "demo without torchrun: processes that share the models, one thread each")
     few: int = opt(3, "demo: most digits in training of the second table")
     few_steps: tuple = opt((400, 800, 400, 800), "demo: its steps, of Abacus and each rival: as each needs")
     model: str = opt("results/abacus/seed0/best.pt", "eval: the weights to try")
@@ -977,11 +980,22 @@ def measure(cfg: Config, w: cluster.World, group) -> tuple[dict, Lines]:
     return f, log
 
 
+def measure_in_worker(cfg: Config) -> tuple[dict, Lines]:
+    """measure() in a process of its own, silent and on one thread."""
+    torch.set_num_threads(1)
+    with cluster.world("cpu") as w:
+        return measure(cfg, cluster.World(1, 1, w.device), None)
+
+
 def compare(jobs: list[Config], w: cluster.World, run: report.Run) -> dict:
-    """measure() each, (digits, position, seed) -> what was found. The ranks share the models, not the batches, so the
-    numbers are those of one process; rank 0 shows its own progress."""
-    alone = [dist.new_group([r]) for r in range(w.size)][w.rank]
-    mine = [measure(c, cluster.World(w.rank, 1, w.device), alone) for c in jobs[w.rank :: w.size]]
+    """measure() each, (digits, position, seed) -> what was found. The ranks, or the workers of a lone one, share the
+    models, not the batches, so the numbers are those of one process."""
+    if w.size == 1 and w.device.type == "cpu" and min(cfg.workers for cfg in jobs) > 1 and len(jobs) > 1:
+        with ProcessPoolExecutor(jobs[0].workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            mine = list(report.progress(pool.map(measure_in_worker, jobs), "models", w, len(jobs)))
+    else:
+        alone = [dist.new_group([r]) for r in range(w.size)][w.rank]
+        mine = [measure(c, cluster.World(w.rank, 1, w.device), alone) for c in jobs[w.rank :: w.size]]
     every = [None] * w.size
     dist.all_gather_object(every, mine)
     found = {}

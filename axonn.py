@@ -1680,7 +1680,8 @@ def check_resume(cfg: Config, w: cluster.World) -> None:
     path = Path(cfg.out) / "metrics.jsonl"
     if not path.exists():
         raise BadInput(f"--resume: {path} is missing, so the settings of the run are unknown. Train without --resume.")
-    was = json.loads(path.read_text().splitlines()[0])["config"]
+    head = json.loads(path.read_text().splitlines()[0])
+    was, ranks = head["config"], head["world"]
     for name in FIXED:
         now, flag = getattr(cfg, name), "--" + name.replace("_", "-")
         if was[name] != now:
@@ -1688,7 +1689,9 @@ def check_resume(cfg: Config, w: cluster.World) -> None:
                 f"the checkpoint was trained with {flag} {was[name]}, this run asks for {flag} {now}. "
                 f"Pass {flag} {was[name]} to resume, or another --out to start anew."
             )
-    w.print(f"resuming; written by grid {was['dims']}" if "dims" in was else "resuming a run, possibly of another grid")
+    given = math.prod(g or 1 for g in was["grid"])
+    wrote = "x".join(str(g or ranks // given) for g in was["grid"])
+    w.print(f"resuming a run of grid {wrote}")
 
 
 def train(cfg: Config, w: cluster.World) -> None:
@@ -1744,7 +1747,7 @@ def train(cfg: Config, w: cluster.World) -> None:
         if saved != trainer.step:
             trainer.save(path)
     except RuntimeError as e:
-        if w.size == 1 or isinstance(e, NotImplementedError):
+        if w.size == 1 or not any(word in str(e).lower() for word in ("gloo", "nccl", "connection", "timed out")):
             raise
         print(
             f"rank {w.rank}: a peer or launcher is gone after step {trainer.step} ({str(e).splitlines()[0][:120]}). "

@@ -79,15 +79,15 @@ class Config:
     d_model: int = opt(64, "width")
     n_head: int = opt(2, "attention heads")
     d_mlp: int = opt(192, "width of the MLP")
-    layers: tuple = opt((1, 1, 0), "layers of prelude, core, coda")
+    layers: tuple = opt((1, 2, 0), "layers of prelude, core, coda")
     rope_base: float = opt(30.0, "base of the rotary angles")
     recency: float = opt(1.0, "how much heads prefer the token before at the start; the paper has 0")
     # its training
-    r_bar: int = opt(8, "mean recurrence")
-    k: int = opt(8, "iterations that carry gradient, at most")
+    r_bar: int = opt(6, "mean recurrence")
+    k: int = opt(6, "iterations that carry gradient, at most")
     fixed_r: int = opt(0, "train at this depth always; 0 draws it")
     ramp: float = opt(0.0, "share of the run over which r_bar rises from 1")
-    steps: int = opt(800, "optimizer steps")
+    steps: int = opt(400, "optimizer steps")
     batch: int = opt(32, "rows per step, over all processes and micro-steps")
     accum: int = opt(1, "micro-steps per step, each with its own depth")
     optimizer: str = opt("adamw", "update rule; atan is the paper's", ("adamw", "atan"))
@@ -95,7 +95,7 @@ class Config:
     warmup: int = opt(50, "steps of linear warm-up")
     flat: float = opt(0.5, "share of the run at the peak, before a linear fall to 2 %")
     settle: float = opt(0.54, "loss at which the rate falls by --settle-lr and on to 2 %; 0 is off")
-    settle_lr: float = opt(0.3, "the factor of this fall")
+    settle_lr: float = opt(0.5, "the factor of this fall")
     beta2: float = opt(0.95, "decay of the second moment; the first has 0.9")
     weight_decay: float = opt(0.0, "of matrices")
     clip: float = opt(0.5, "largest gradient norm")
@@ -109,8 +109,8 @@ class Config:
     save_every: int = opt(100, "steps between checkpoints; 0 writes only the last")
     log_every: int = opt(20, "steps between lines in metrics.jsonl")
     # demo, eval, inspect
-    seeds: tuple = opt((0, 1, 2), "demo: the runs, all of them shown")
-    judge: int = opt(400, "demo: the step at which a run whose loss is flat over r is stopped")
+    seeds: tuple = opt((0,), "demo: the runs, all of them shown")
+    judge: int = opt(300, "demo: the step at which a run whose loss is flat over r is stopped")
     rows: int = opt(256, "fresh rows per measurement")
     num_steps: tuple = opt((1, 2, 3, 4, 6, 8, 12, 16, 32, 64), "depths measured; generate: the last one")
     # generate, retrofit
@@ -146,7 +146,7 @@ PRESETS = {
         "num_steps": (1, 2, 4, 8, 16, 32),
     },
     "heal": TEXT | {  # for mode retrofit
-        "length": 128, "r_bar": 4, "ramp": 0.25, "steps": 20, "batch": 4, "lr": 3e-4, "warmup": 2, "flat": 0.2,
+        "length": 128, "r_bar": 4, "k": 4, "ramp": 0.25, "steps": 20, "batch": 4, "lr": 3e-4, "warmup": 2, "flat": 0.2,
         "log_every": 1, "num_steps": (1, 2, 4, 8),
     },
     "gpu": TEXT | {
@@ -156,7 +156,7 @@ PRESETS = {
     },
     "huginn-3.5b": TEXT | {  # the paper's sizes and optimizer; bring your own text
         "length": 4096, "d_model": 5280, "n_head": 55, "d_mlp": 17920, "layers": (2, 4, 2), "rope_base": 50000.0,
-        "r_bar": 32, "steps": 47000, "batch": 4096, "optimizer": "atan", "lr": 4e-5, "warmup": 4096, "flat": 1.0,
+        "r_bar": 32, "k": 8, "steps": 47000, "batch": 4096, "optimizer": "atan", "lr": 4e-5, "warmup": 4096, "flat": 1.0,
         "weight_decay": 4e-5, "clip": 1.0, "dtype": "bfloat16", "checkpointing": True,
         "num_steps": (1, 4, 8, 16, 32, 64),
     },
