@@ -94,9 +94,9 @@ class Config:
     logit_scale: str = opt("log", "of attention: none, or the logarithm of the context", choices=("none", "log"))
     state_init: str = opt("zero", "first state of the loop; noise is the published one", choices=("zero", "noise"))
     # training
-    steps: int = opt(850, "optimizer steps")
+    steps: int = opt(700, "optimizer steps")
     batch: int = opt(96, "examples per step, over all processes and buckets")
-    buckets: int = opt(2, "parts of a batch sorted by length, each padded to its own longest example")
+    buckets: int = opt(4, "parts of a batch sorted by length, each padded to its own longest example")
     lr: float = opt(3e-3, "peak learning rate of AdamW")
     warmup: int = opt(30, "steps of linear warm-up")
     cooldown: float = opt(0.4, "last part of the run, over which the rate falls to 0")
@@ -124,10 +124,10 @@ class Config:
     grid: int = opt(20, "most digits in heat maps")
     per_cell: int = opt(10, "problems per cell of a heat map")
     quick: bool = opt(False, "demo: Abacus alone")
-    rivals: tuple = opt(("nope", "learned", "rope"), "demo: positions that Abacus is compared with")
+    rivals: tuple = opt(("nope", "rope", "learned"), "demo: positions that Abacus is compared with")
     workers: int = opt(2, "demo without torchrun: processes that share the models, one thread each")
     few: int = opt(3, "demo: most digits in training of the second table")
-    few_steps: tuple = opt((400, 800, 400, 800), "demo: its steps, of Abacus and each rival: as each needs")
+    few_steps: tuple = opt((400, 800, 800, 400), "demo: its steps, of Abacus and each rival: as each needs")
     model: str = opt("results/abacus/seed0/best.pt", "eval: the weights to try")
 
     def __post_init__(self):
@@ -449,7 +449,7 @@ def progressive_loss(model, batch: "Batch", alpha: float = 1.0, generator: torch
     return _summed(model, batch.ids, batch.targets, offset, depths) / (batch.targets != -100).sum().clamp(min=1)
 
 
-# ---- text and data: numbers least significant digit first, made on the device
+# ---- the experiment: numbers least significant digit first, made on the device
 
 PAD, EOS, PLUS, MINUS, TIMES, EQUALS = 0, 3, 14, 15, 16, 17
 DIGITS = tuple(range(4, 14))
@@ -681,7 +681,7 @@ def _fill(task: str, cells: Tensor, generator, device, width: int = 0) -> Batch:
     return Batch(ids, _targets(ids), cells)
 
 
-# ---- exact match in one pass
+# ---- the experiment: exact match in one pass
 
 
 @contextlib.contextmanager
@@ -757,7 +757,7 @@ def evaluate_grid(model, sizes_a, sizes_b, n=100, task="add", seed=0, what="", g
     return evaluate_cells(model, cells, n, task, seed, what, group)[:, 0].reshape(len(sizes_a), len(sizes_b))
 
 
-# ---- training
+# ---- the experiment: training
 
 # settings that change the numbers of a run; a checkpoint goes on only under the same ones
 FIXED = (

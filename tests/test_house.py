@@ -41,10 +41,16 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     return [(name, shlex.split(rest.replace("\\", ""))) for name, rest in found if name in SCRIPTS]
 
 
-def parses(name: str, argv: list[str]) -> None:
+def parse(name: str, argv: list[str]) -> None:
+    """As the script's own cli.run call does."""
     script = import_module(name)
+    has = any(f.name == "preset" for f in fields(script.Config))
+    cli.parse(script.Config, argv, script.PRESETS if has else None)
+
+
+def parses(name: str, argv: list[str]) -> None:
     try:
-        cli.parse(script.Config, argv, getattr(script, "PRESETS", None))
+        parse(name, argv)
     except SystemExit as e:
         pytest.fail(f"{name}.py {' '.join(argv)} is refused with status {e.code}")
 
@@ -83,9 +89,8 @@ def test_header(name, capsys):
     assert labels == ["Paper", "Idea", "Here", "Differs", "Expect", "Writes"], labels
     assert re.search(rf"^    python {name}\.py +#", doc, re.M), "the first usage line is the bare command"
     assert claims.source(name).startswith("[")
-    script = import_module(name)
     with pytest.raises(SystemExit) as stop:
-        cli.parse(script.Config, ["--help"], getattr(script, "PRESETS", None))
+        parse(name, ["--help"])
     assert stop.value.code == 0 and doc.splitlines()[0] in capsys.readouterr().out
     lines = commands(doc)
     assert len(lines) >= 4 and all(s == name for s, _ in lines)
