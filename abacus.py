@@ -94,9 +94,9 @@ class Config:
     logit_scale: str = opt("log", "of attention: none, or the logarithm of the context", choices=("none", "log"))
     state_init: str = opt("zero", "first state of the loop; noise is the published one", choices=("zero", "noise"))
     # training
-    steps: int = opt(700, "optimizer steps")
+    steps: int = opt(850, "optimizer steps")
     batch: int = opt(96, "examples per step, over all processes and buckets")
-    buckets: int = opt(4, "parts of a batch sorted by length, each padded to its own longest example")
+    buckets: int = opt(2, "parts of a batch sorted by length, each padded to its own longest example")
     lr: float = opt(3e-3, "peak learning rate of AdamW")
     warmup: int = opt(30, "steps of linear warm-up")
     cooldown: float = opt(0.4, "last part of the run, over which the rate falls to 0")
