@@ -29,8 +29,8 @@ Differs  0.2 M parameters, (1, 2, 0) layers on running parity and an untied head
     python recurrent_depth.py bench                                  # caches and exits; on a GPU Huginn's shape
     torchrun --nnodes N --nproc-per-node 8 recurrent_depth.py train --preset huginn-3.5b --data FILE  # not yet run
 
-Expect   "1 of 1 seeds pass" on CPU with seed 0: at least 0.98 at r = 12 and to r = 64, the control flat within 0.03. Seeds
-         0 to 5 pass (docs/results/recurrent_depth.md).
+Expect   "1 of 1 seeds pass" on CPU with seed 0: at least 0.98 at r = 12 and to r = 64, the control flat within 0.03.
+         Seeds 0 to 5 pass (docs/results/recurrent_depth.md).
 Writes   results/recurrent_depth/: metrics.jsonl, claim.json, recurrent_depth.png; model/ (the weights);
          checkpoint.pt (train, retrofit), bench.json (bench).
 """
@@ -156,8 +156,8 @@ PRESETS = {
     },
     "huginn-3.5b": TEXT | {  # the paper's sizes and optimizer; bring your own text
         "length": 4096, "d_model": 5280, "n_head": 55, "d_mlp": 17920, "layers": (2, 4, 2), "rope_base": 50000.0,
-        "r_bar": 32, "k": 8, "steps": 47000, "batch": 4096, "optimizer": "atan", "lr": 4e-5, "warmup": 4096, "flat": 1.0,
-        "weight_decay": 4e-5, "clip": 1.0, "dtype": "bfloat16", "checkpointing": True,
+        "r_bar": 32, "k": 8, "steps": 47000, "batch": 4096, "optimizer": "atan", "lr": 4e-5, "warmup": 4096,
+        "flat": 1.0, "weight_decay": 4e-5, "clip": 1.0, "dtype": "bfloat16", "checkpointing": True,
         "num_steps": (1, 4, 8, 16, 32, 64),
     },
 }  # fmt: skip

@@ -10,9 +10,9 @@ Here     The claim we check: 2 % of the keys keep 95 % of dense accuracy, on a m
          cache that is saved and opened by memory map, a sequence cut over processes, RULER-style tasks.
 Differs  Scores stay in fp32 and the joint maximum is subtracted (released code: bf16, no maximum: it overflows).
          Exact search by block maxima or radix select, or by an 8-bit scan that proves its choice; a 4-bit scan,
-         re-ranked exactly, for a library of float32 indexes; k-means lists as there, HNSW left out. Batches of unequal lengths.
-         The last layer of the prefill is not computed. Ours alone: share="group", sinks, recent windows, flushing,
-         sharding, row reuse.
+         re-ranked exactly, for a library of float32 indexes; k-means lists as there, HNSW left out. Batches of unequal
+         lengths. The last layer of the prefill is not computed. Ours alone: share="group", sinks, recent windows,
+         flushing, sharding, row reuse.
          Models: a 0.1 M parameter Llama without MLP trained on needles, and SmolLM2-135M, for Llama-3 8B; at most 8192
          tokens here, for a million. The tasks follow RULER in our own words.
 
