@@ -1024,7 +1024,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     jobs = [replace(cfg, pos="abacus", seed=cfg.seed + s) for s in range(cfg.seeds)]
     jobs += [replace(cfg, pos=pos) for pos in rivals]
     for steps, pos in zip(cfg.few_steps, ("abacus", *rivals) if rivals else (), strict=False):
-        curriculum = {"short": cfg.short * steps // cfg.steps, "grow": cfg.grow * steps // cfg.steps}
+        curriculum = {"short": min(100, cfg.short), "grow": min(100, cfg.grow)}
         small = replace(cfg, digits=cfg.few, lengths=tuple(range(cfg.few, cfg.few + 3)), grid=cfg.few + 2, **curriculum)
         few.append(replace(small, pos=pos, steps=steps, probe=small.lengths))
     every = compare(jobs + few, w, run)
