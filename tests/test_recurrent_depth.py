@@ -781,7 +781,7 @@ def test_bad_flags(argv, message, tmp_path, monkeypatch, capsys):
 # ---- the demo
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_demo_shortened(tmp_path):
     """The whole path of the demo; accuracy rises with depth on rows half as long, in a tenth of the time."""
     argv = "--length 12 --steps 240 --seeds 0 --rows 64 --log-every 20".split()
