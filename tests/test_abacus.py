@@ -569,6 +569,7 @@ def test_bad_command_lines(tmp_path):
 # ---- the demo
 
 
+@pytest.mark.drill
 def test_demo_shortened(tmp_path, capsys):
     c = A.Config(
         quick=True, d_model=64, ff=128, digits=2, short=100, grow=100, steps=300, max_offset=4, lr=5e-3, batch=64
@@ -583,6 +584,7 @@ def test_demo_shortened(tmp_path, capsys):
     assert (tmp_path / "abacus.png").exists() or any("pip install" in line for line in said)
 
 
+@pytest.mark.drill
 def test_demo_compares_and_says_when_a_seed_is_stuck(tmp_path):
     argv = "--d-model 16 --n-head 1 --ff 16 --steps 4 --few-steps 4 4 --batch 8 --grid 3 --per-cell 2 --rivals nope"
     done = run_script("abacus.py", *argv.split(), "--per-length", "4", "--out", str(tmp_path), "--device", "cpu")

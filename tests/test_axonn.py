@@ -22,6 +22,15 @@ import axonn as A
 from common import dist as cluster
 from common.weights import open_weights
 
+
+@pytest.fixture(scope="module", autouse=True)
+def no_group_stays_behind():
+    """A Grid without torchrun makes a group of one process; other test files expect none."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 GPT = {"vocab": 62, "seq": 12, "dtype": "float64", "init_std": 0.2}
 LLAMA = {"kv_head": 8, "norm": "rmsnorm", "pos": "rope", "mlp": "swiglu", "bias": False, "tied": True, "d_ff": 40}
 

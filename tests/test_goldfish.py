@@ -455,7 +455,7 @@ def _metrics(folder) -> list[dict]:
     return [x for x in lines[1:] if "step" in x]
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_kill_all_ranks_and_resume(tmp_path):
     """kill -9 in mid-run, then --resume: the metrics of a run that was never stopped, exactly."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -624,7 +624,7 @@ def test_real_model_values_and_audit(tmp_path):
 # ---- the command
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_demo_shortened(tmp_path):
     """The header's command and its Expect line, on fewer rows of the table; the claim's file and the picture."""
     done = run_script("goldfish.py", "--runs", "ordinary", "k=4", "k=3", "--out", str(tmp_path))

@@ -616,7 +616,7 @@ def _metrics(folder) -> list[dict]:
     return [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()[1:]]
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_kill_and_resume(tmp_path):
     """kill -9 in mid-run, then --resume: the metrics of a run that was never stopped, exactly; then the other modes."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

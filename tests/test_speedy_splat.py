@@ -873,6 +873,7 @@ def _metrics(folder):
     return [{k: v for k, v in r.items() if not k.startswith("seconds")} for r in rows]
 
 
+@pytest.mark.drill
 def test_kill_both_ranks_and_resume(tmp_path):
     """kill -9 in mid-run, then --resume: the metrics of a run that was never stopped, exactly."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -894,7 +895,7 @@ def test_kill_both_ranks_and_resume(tmp_path):
         S.train(None, S.Config(**setting, out=str(killed), resume=True, soft_ratio=0.3, device="cpu"))
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_demo_quick(tmp_path):
     """The header's quick command and its Expect line: both runs, the table, the claim, the pictures."""
     done = run_script("speedy_splat.py", "--quick", "--device", "cpu", "--out", str(tmp_path), timeout=400)

@@ -843,6 +843,7 @@ def test_toy_rows():
     assert (where[:, 0] == 0).all() and (where.diff(dim=1) >= 1).all() and 5000 < where.max() < 33000
 
 
+@pytest.mark.drill
 def test_demo_keeps_its_promise(tmp_path, capsys):
     cfg = T.Config(out=str(tmp_path), steps=(400, 60), contexts=(256,), real=False, ks=("1", "0.02"))
     T.main(cfg)
