@@ -426,6 +426,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        """dO (m, n/Gx) -> dI (m, k/Gy); dW goes to weight.grad by reduce-scatter."""
         layer, (x, W), dy = ctx.layer, ctx.saved_tensors, dy.contiguous()
         grid, flight, dx, work = layer.grid, layer.flight, None, None
         need_x, need_w = ctx.needs_input_grad[0], layer.weight.requires_grad
@@ -504,6 +505,7 @@ class Linear3D(Sharded):
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, ids, layer, dtype):
+        """ids (...) -> (..., h/Gy)."""
         W = layer.gathered(dtype)  # (V/Gx, h/Gy)
         local = ids - layer.first
         mine = (local >= 0) & (local < W.shape[0])
@@ -580,6 +582,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
+        """dy (..., h/Gy) -> dx like it, d_weight and d_bias (h/Gy,); one all-reduce over Y."""
         c, r, weight = ctx.saved_tensors
         c, g = c.to(r.dtype), dy.to(r.dtype)
         d_weight, d_bias = (g * c).flatten(0, -2).sum(dim=0), g.flatten(0, -2).sum(dim=0)  # (h/Gy,) each

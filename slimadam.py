@@ -1310,6 +1310,7 @@ class Llama(nn.Module):
         self.register_buffer("freq", rope_frequencies(c), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> logits (B, T, V)."""
         angle = torch.outer(torch.arange(ids.shape[1], device=ids.device).float(), self.freq)  # (T, D/2)
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers:

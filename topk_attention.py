@@ -669,6 +669,7 @@ class Clusters:
     nbytes = Quantised.nbytes
 
     def add(self, k: Tensor) -> None:
+        """Cluster the rows of k (Hk, all rows so far, D) anew, if they are a quarter more than those already in."""
         n = k.shape[1]
         if n < max(1, 1.25 * self.n):
             return
