@@ -646,7 +646,8 @@ def _children(pid):
 def test_interrupted_demo_leaves_no_process(tmp_path):
     argv = [sys.executable, "axonn.py", "--ranks", "2", "--out", str(tmp_path)]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    done = subprocess.Popen(argv, cwd=ROOT, start_new_session=True, **quiet)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job would inherit it as ignored
+    done = subprocess.Popen(argv, cwd=ROOT, start_new_session=True, preexec_fn=heard, **quiet)
     try:
         deadline = time.monotonic() + 120
         while not (tmp_path / "metrics.jsonl").exists() and time.monotonic() < deadline:
