@@ -1799,6 +1799,7 @@ def draw_comparison(path: str, data: Dataset, view: int, camera: Camera, models:
     heat = {m: pairs_per_tile(models["3D-GS"], camera, look["tile"], m).cpu() for m in ("vanilla", "accutile")}
 
     def draw(figure, axes) -> None:
+        """The images side by side, then the pairs per tile of both modes on one scale."""
         say = lambda ax, title, below: (ax.set_title(title, fontsize=11), ax.set_xlabel(below, fontsize=10))
         for ax in axes:
             ax.set(xticks=[], yticks=[])
@@ -1835,6 +1836,7 @@ def draw_tiles(path: str, tile: int = 16) -> str:
     cells = {m: tile_pairs(*splat, n * tile, n * tile, tile, m)[0].tolist() for m in TILES}
 
     def draw(figure, axes) -> None:
+        """One panel per mode: the Gaussian, its edge, its tiles."""
         for ax, (mode, ids) in zip(axes, cells.items(), strict=True):
             ax.imshow(alpha.numpy(), cmap="Blues", vmin=0, vmax=o)
             for i in ids:

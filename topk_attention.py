@@ -563,7 +563,8 @@ class Quantised:
             x = k[:, a : min(end, a + 1024 * GROUP)].to(self.parts[0].device).float()
             new.append(self._sign(x) if self.kind == "sign" else self._levels(x))
         if new:
-            self.parts = [torch.cat([old, *more], dim=1) for old, more in zip(self.parts, zip(*new), strict=True)]  # noqa: B905
+            columns = [list(column) for column in zip(*new, strict=True)]  # of each part, its blocks
+            self.parts = [torch.cat([old, *more], dim=1) for old, more in zip(self.parts, columns, strict=True)]
             self.n = end
 
     def _sign(self, x: Tensor) -> tuple[Tensor, ...]:
