@@ -1022,7 +1022,7 @@ class RowCache:
             return self.store.gather(layer, idx).to(self.device)
         v = self.store.rows(layer)[1]
         Hk, idx, k = len(v), idx.clamp(min=0), idx.shape[-1]
-        flat = (idx[:, 0] + v.shape[1] * torch.arange(len(idx), device=idx.device)[:, None]).flatten()  # head and row
+        flat = (idx[:, 0] * len(idx) + torch.arange(len(idx), device=idx.device)[:, None]).flatten()  # row and head
         rows = torch.empty(len(flat), v.shape[2], dtype=v.dtype, device=self.device)
         old, kept = self.last.get(layer, (flat[:0], rows[:0]))
         place = torch.searchsorted(old, flat).clamp(max=max(0, len(old) - 1))

@@ -500,6 +500,10 @@ def test_row_cache_is_exact_and_reuses(tmp_path):
     assert cache.asked == 5 * 4 * 30 and 0.4 < cache.hits / cache.asked < 0.8
     assert torch.equal(store.attend(0, step, 30, k[0, :, :1], v[0, :, :1], cache=cache),
                        store.attend(0, step, 30, k[0, :, :1], v[0, :, :1]))  # fmt: skip
+    for grown in range(1, 9):  # rows keep their place when the store grows, so what is kept stays right
+        store.append(0, k[0, :, :grown], v[0, :, :grown])
+        near = (at + grown) % 500
+        assert torch.equal(cache.fetch(0, near), store.gather(0, near))
 
 
 # ---- the model
