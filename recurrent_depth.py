@@ -568,7 +568,7 @@ class RecurrentDepthLM(nn.Module):
             )
         return tuple(num_steps)
 
-    def _check(self, ids, s0, labels, cache, positions) -> None:
+    def _check(self, ids, s0=None, labels=None, cache=None, positions=None) -> None:
         c, past = self.cfg, cache.length if cache else 0
         if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2:
             raise ValueError(f"ids must be int64 (B, T), got {ids.dtype} {tuple(ids.shape)}")
@@ -823,10 +823,11 @@ EXITS = dict(zip(EXIT_NAMES, (KLExit, LatentDiffExit, EntropyDiffExit, ArgmaxSta
 # ---- the method at inference: generation
 
 
-def _noise(model: RecurrentDepthLM, base: int, first: int, e: Tensor, scale: float) -> Tensor:
-    """s_0 for e (B, T, C), the first at position `first`: a function of `base` and position, equal for all rows."""
-    draw = lambda t: model.init_state(e[:1, :1], scale, cluster.generator(base, first + t))
-    return torch.cat([draw(t) for t in range(e.shape[1])], dim=1).expand(len(e), -1, -1)
+def _noise(model: RecurrentDepthLM, base: int, first: int, ids: Tensor, scale: float) -> Tensor:
+    """s_0 (B, T, C) for ids (B, T), the first at position `first`: a function of `base` and position alone."""
+    one = model.transformer.wte.weight.new_empty(1, 1, model.cfg.n_embd)
+    draw = [model.init_state(one, scale, cluster.generator(base, first + t)) for t in range(ids.shape[1])]
+    return torch.cat(draw, dim=1).expand(len(ids), -1, -1)
 
 
 def _pick(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
@@ -858,6 +859,7 @@ def generate(
     (drafts kept per check), cache_bytes, serial (iterations one after the other, those of drafts and checks included).
     ValueError: settings that would change what is promised; the message says which.
     """
+    model._check(ids)
     B, T = ids.shape
     if max_new_tokens < 0 or T + max_new_tokens > model.cfg.block_size:
         raise ValueError(f"{T} tokens and {max_new_tokens} new ones exceed block_size {model.cfg.block_size}")
@@ -880,8 +882,7 @@ def generate(
 
     def run(new: Tensor, steps: int, s0: Tensor | None = None, rule: ExitRule | None = None) -> Output:
         nonlocal serial
-        e = model.transformer.wte(new)  # for its shape
-        s0 = _noise(model, base, cache.length, e, init_scale) if s0 is None else s0
+        s0 = _noise(model, base, cache.length, new, init_scale) if s0 is None else s0
         y = model(new, steps, s0=s0, cache=cache, exit=rule)
         serial += y.steps if isinstance(y.steps, int) else int(y.steps.max())
         return y
@@ -932,6 +933,7 @@ def diffusion_forcing(
     (the mean number of positions refined), unfrozen (given up at max_calls). ValueError: as generate; B > 1.
     Source: arXiv:2510.14961.
     """
+    model._check(ids)
     B, T = ids.shape
     if B != 1 or T + max_new_tokens > model.cfg.block_size or min(inner, wave, max_calls) < 1:
         raise ValueError(f"one row and at most {model.cfg.block_size} tokens, got {B} rows, {T} + {max_new_tokens}")
@@ -946,7 +948,7 @@ def diffusion_forcing(
         cache.reserve(model, 1, w, inner)
         at = model.place(w, cache)
         e = model.embed(new, at)  # (1, w, C)
-        fresh = _noise(model, calls, done, e, init_scale)
+        fresh = _noise(model, calls, done, new, init_scale)
         if s is None:
             s, e_old = fresh[:, :0], e[:, :0]
         known = s.shape[1]

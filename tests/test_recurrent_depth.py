@@ -420,6 +420,10 @@ def test_generate_refuses(model):
     model(p, 4, cache=cache)
     with pytest.raises(ValueError, match="at least the last must be new"):
         R.generate(model, p, 4, 4, cache=cache)
+    for sample in (R.generate, R.diffusion_forcing):
+        for ids, message in ((p + 64, "is outside the vocabulary"), (p.float(), "must be int64"), (p[:, :0], "empty")):
+            with pytest.raises(ValueError, match=message):
+                sample(model, ids, 4, 4)
 
 
 def test_diffusion_forcing_equals_greedy_where_the_core_converges():
