@@ -1611,13 +1611,15 @@ class Trainer:
         """Train to the end; returns table rows (iteration, N, pairs in four modes, PSNR, events)."""
         cfg, rows, saved = self.cfg, [], -1
         every = cfg.eval_every or max(1, cfg.steps // 10)
+        events_at = self.schedule.soft | self.schedule.hard | self.schedule.reset
         row = lambda step, f, text: [step, f["gaussians"], *(f[f"pairs_{m}"] for m in TILES), f["psnr"], text]
         bar = report.progress(None, what, self.w, cfg.steps, self.step)
         listen = cluster.stop_signal(self.w.device) if path else contextlib.nullcontext(bool)  # bool() is False
         with listen as stopping, bar:
             while self.step < cfg.steps:
                 i = self.step + 1
-                found = self.evaluate() if i % every == 0 and i < cfg.steps else None  # before the events of step i
+                look = (i % every == 0 or i in events_at) and i < cfg.steps
+                found = self.evaluate() if look else None  # before the events of step i
                 loss, events = self.advance()
                 if found:
                     rows.append(row(i, found, events))

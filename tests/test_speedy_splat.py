@@ -749,6 +749,14 @@ def test_training_improves_prunes_and_exports(scene, tmp_path):
     assert len(S.GaussianModel.from_ply(tmp_path / "model.ply")) == len(model)
 
 
+def test_every_event_has_its_row(scene, tmp_path):
+    """Also where the milestones fall between the evaluations of --eval-every."""
+    S.train(scene, short(tmp_path, steps=61, eval_every=50, soft_ratio=0.3, hard_ratio=0.1))
+    rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()[1:]]
+    events = {r["step"]: r["events"].split(" prune")[0] for r in rows if "prune" in r["events"]}
+    assert events == {12: "soft", 18: "soft", 24: "soft", 30: "hard", 37: "hard", 43: "hard", 49: "hard", 55: "hard"}
+
+
 def test_no_training_views(scene, tmp_path):
     none = replace(scene, test=list(range(12)))
     with pytest.raises(ValueError, match="no training views"):
