@@ -1045,7 +1045,9 @@ def _colmap_text(folder: Path) -> tuple[dict, list, np.ndarray, np.ndarray]:
     return cameras, images, np.array(points, np.float64).reshape(-1, 3), colors
 
 
-def load_colmap(path: str | Path, init: str = "points", background=(0.0, 0.0, 0.0), count: int = 100_000) -> Dataset:
+def load_colmap(
+    path: str | Path, background=(0.0, 0.0, 0.0), init: str = "points", count: int = 100_000, seed: int = 0
+) -> Dataset:
     """A COLMAP folder: sparse/0, sparse or itself; binary first, else text; pictures in images/. Every 8th is held out.
 
     BadInput: truncated, distorted cameras, no points. FileNotFoundError: no model there.
@@ -1076,9 +1078,10 @@ def load_colmap(path: str | Path, init: str = "points", background=(0.0, 0.0, 0.
     data = Images(files, background)
     at, color = torch.from_numpy(points).float(), torch.from_numpy(rgb).float() / 255
     if init == "random":
-        at, color = random_points(count, 1.0)
+        at, color = random_points(count, 1.0, seed)
         at = at * scene_extent(cameras) + torch.stack([c.centre for c in cameras]).mean(dim=0)
-    return _dataset(cameras, data, at.float(), color, names, list(range(0, len(names), 8)) if len(names) > 1 else [])
+    test = list(range(0, len(names), 8)) if len(names) > 1 else []
+    return _dataset(cameras, data, at.float(), color, names, test, tuple(background))
 
 
 def random_points(count: int, half: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -1087,7 +1090,9 @@ def random_points(count: int, half: float, seed: int = 0) -> tuple[Tensor, Tenso
     return (2 * torch.rand(count, 3, generator=g) - 1) * half, 0.45 + 0.1 * torch.rand(count, 3, generator=g)
 
 
-def load_blender(path: str | Path, background=(1.0, 1.0, 1.0), count: int = 100_000, init: str = "points") -> Dataset:
+def load_blender(
+    path: str | Path, background=(1.0, 1.0, 1.0), init: str = "points", count: int = 100_000, seed: int = 0
+) -> Dataset:
     """A NeRF-synthetic folder: transforms_train.json, its pictures, and transforms_test.json as the held-out views."""
     root, cameras, files, names, test = Path(path), [], [], [], []
     parts = [root / f"transforms_{part}.json" for part in ("train", "test")]
@@ -1133,7 +1138,7 @@ def load_blender(path: str | Path, background=(1.0, 1.0, 1.0), count: int = 100_
     if len(parts) == 1 and len(cameras) > 1:
         test = list(range(0, len(cameras), 8))
     cloud = root / "points3d.ply"
-    points, rgb = points_from_ply(cloud) if cloud.exists() and init == "points" else random_points(count, 1.3)
+    points, rgb = points_from_ply(cloud) if cloud.exists() and init == "points" else random_points(count, 1.3, seed)
     return _dataset(cameras, Images(files, background), points, rgb, names, test, tuple(background))
 
 
@@ -1342,15 +1347,18 @@ def load(cfg: Config, w: cluster.World) -> Dataset:
     if cfg.data == "scene":
         show = lambda x: report.progress(x, "ray tracing", w)
         data = procedural_scene(cfg.views, cfg.size, cfg.points, cfg.seed, show)
+        if cfg.init == "random":
+            data.points, data.rgb = random_points(cfg.points, 1.3, cfg.seed)
     else:
         root = Path(cfg.data)
         if not root.is_dir():
             raise FileNotFoundError(f"--data {root}: no such folder. Give a COLMAP or NeRF-synthetic one, or 'scene'.")
         if any(root.glob("transforms*.json")):
             color = (0.0,) * 3 if cfg.background == "black" else (1.0,) * 3
-            data = load_blender(root, color, cfg.points, cfg.init)
+            data = load_blender(root, color, cfg.init, cfg.points, cfg.seed)
         else:
-            data = load_colmap(root, cfg.init, (1.0,) * 3 if cfg.background == "white" else (0.0,) * 3, cfg.points)
+            color = (1.0,) * 3 if cfg.background == "white" else (0.0,) * 3
+            data = load_colmap(root, color, cfg.init, cfg.points, cfg.seed)
     if cfg.background != "auto":
         data.background = (1.0,) * 3 if cfg.background == "white" else (0.0,) * 3
     return data

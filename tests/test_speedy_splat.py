@@ -664,6 +664,18 @@ def test_folders_written_from_the_scene_are_read_back(scene, tmp_path):
     assert len(b.points) == 100_000 and b.points.abs().max() <= 1.3
 
 
+def test_random_points_follow_init_and_seed_and_colours_their_background(scene, tmp_path):
+    pytest.importorskip("PIL")
+    folders = [str(write_colmap(scene, tmp_path / "c")), str(write_blender(scene, tmp_path / "b")), "scene"]
+    for data in folders:
+        read = lambda seed, data=data: S.load(short(tmp_path, data=data, init="random", points=9, seed=seed), LONE)
+        a, b, again = read(0), read(1), read(0)
+        assert len(a.points) == 9 and torch.equal(a.points, again.points) and not torch.equal(a.points, b.points)
+        assert (a.rgb - 0.5).abs().max() <= 0.05
+    for reader, folder in ((S.load_colmap, folders[0]), (S.load_blender, folders[1])):
+        assert reader(folder, (0.2, 0.4, 0.6)).background == (0.2, 0.4, 0.6)
+
+
 def test_pictures_of_other_sizes_and_faults(scene, tmp_path, monkeypatch):
     Image = pytest.importorskip("PIL.Image")
     root = write_colmap(scene, tmp_path / "c")
