@@ -734,7 +734,7 @@ def cache_bytes(config: dict, n: int, index: str, dtype: torch.dtype) -> tuple[i
 
 def check_memory(config: dict, n: int, store: "KVStore", weights: int = 0, max_suffix: int = 1024) -> None:
     """MemoryError: n rows do not fit into host memory, or the store's max_gpu_gb, with the parts of the sum."""
-    kv, index = cache_bytes(config, n, store.kind, store.dtype)
+    kv, index = cache_bytes(config, math.ceil(n / store.parts), store.kind, store.dtype)
     host = (kv if store.device.type == "cpu" else 0) + (index if store.index_device.type == "cpu" else 0)
     if host > (free := available_bytes()):
         raise MemoryError(f"KV cache needs {host / 1e9:.1f} GB, {free / 1e9:.1f} GB available; use kv_dtype=fp8, a "
@@ -760,6 +760,8 @@ class KVStore:
     exactly; index_device: where its copy lives (by default the GPU, for a pinned store). dtype: of the rows; fp8 counts
     as storage only. pin: page-locked host memory, if there is a GPU. max_gpu_gb: refuse to grow past it; 0 is no limit.
     """
+
+    parts = 1  # processes that share the rows
 
     def __init__(self, device="cpu", index: str = "exact", dtype: torch.dtype = torch.bfloat16, pin: bool = False, *,
                  index_device=None, max_gpu_gb: float = 0.0):  # fmt: skip
@@ -983,6 +985,10 @@ class ShardedStore(KVStore):
         own = slice(rank * n // size, (rank + 1) * n // size)
         super().put(layer, k[:, own], v[:, own])
         self.total = n
+
+    @property
+    def parts(self) -> int:
+        return dist.get_world_size()
 
     @property
     def n(self) -> int:

@@ -990,6 +990,12 @@ def test_eval_resumes(tmp_path, capsys, monkeypatch):
 
 
 def _sharded(rank, size, tmp):
+    available, T.available_bytes = T.available_bytes, lambda: 60_000  # 200 rows take 102400
+    zeros = torch.zeros(200, dtype=torch.long)
+    T.prefill(T.Llama(T.TOY), zeros, T.ShardedStore(dtype=torch.float32))  # a rank counts its own slice
+    with pytest.raises(MemoryError, match="KV cache needs"):
+        T.prefill(T.Llama(T.TOY), zeros, T.KVStore(dtype=torch.float32))
+    T.available_bytes = available
     for seed, (N, M, top) in enumerate(((101, 3, 9), (40, 1, 0.2), (5, 2, 4), (64, 0, 64))):
         q, k, v, ks, vs = problem(Hq=4, Hk=2, rows=1 if M < 3 else 2, N=N, M=M, B=2, seed=seed)
         how = {"k_suffix": ks, "v_suffix": vs} if M else {}
