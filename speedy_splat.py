@@ -1211,8 +1211,9 @@ def read_image(file: Path, size: tuple[int, int], background=(0.0, 0.0, 0.0)) ->
     array = None
     if not file.exists() and file.with_suffix(".npy").exists():
         array = np.load(file.with_suffix(".npy"))
-        if array.ndim != 3 or array.shape[2] not in (3, 4):
-            raise BadInput(f"{file.with_suffix('.npy')}: needs shape (H, W, 3 or 4), got {array.shape}")
+        if array.ndim != 3 or array.shape[2] not in (3, 4) or not (array.dtype == np.uint8 or array.dtype.kind == "f"):
+            raise BadInput(f"{file.with_suffix('.npy')}: needs shape (H, W, 3 or 4) and 8-bit or float numbers, got "
+                           f"{array.shape} {array.dtype}")  # fmt: skip
         array = array.astype(np.float64) / (255 if array.dtype == np.uint8 else 1)
     if array is None:
         if not file.exists():

@@ -694,9 +694,10 @@ def test_pictures_of_other_sizes_and_faults(scene, tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(ValueError, match="x.png"):
         S.read_image(file, (4, 4))
-    np.save(tmp_path / "y.npy", np.zeros((4, 4, 2)))
-    with pytest.raises(ValueError, match="H, W, 3 or 4"):
-        S.read_image(tmp_path / "y.png", (4, 4))
+    for wrong in (np.zeros((4, 4, 2)), np.zeros((4, 4, 3), np.uint16)):
+        np.save(tmp_path / "y.npy", wrong)
+        with pytest.raises(ValueError, match="H, W, 3 or 4.*8-bit or float"):
+            S.read_image(tmp_path / "y.png", (4, 4))
     monkeypatch.setitem(__import__("sys").modules, "PIL", None)
     with pytest.raises(ModuleNotFoundError, match="Pillow.*pip install"):
         S.read_image(root / "images" / scene.names[0], (8, 16))
