@@ -1986,6 +1986,8 @@ def bench(cfg: Config, w: cluster.World) -> None:
         here = (points.abs() <= 2).all(dim=1)
         model = random_gaussians(points[here], rgb[here], cfg.seed).to(w.device)
         look = [("real points", model, cameras[0])]
+    elif cfg.data != "scene":
+        raise BadInput(f"bench measures the ray-traced scene or an .npz, not --data {cfg.data}. Use eval for a folder.")
     elif w.device.type == "cuda":
         points, rgb = random_points(1_000_000, 1.3)
         model = random_gaussians(points, rgb, cfg.seed).to(w.device)

@@ -813,6 +813,8 @@ def test_bench_on_an_npz(tmp_path, capsys):
     assert [r["mode"] for r in rows] == list(S.TILES)
     pairs = [r["pairs"] for r in rows]
     assert pairs[0] > pairs[1] > pairs[2] > pairs[3] and "accutile" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="bench measures the ray-traced scene or an .npz, not --data"):
+        S.bench(S.Config(mode="bench", data=str(tmp_path), out=str(tmp_path)), LONE)
 
 
 def test_the_headers_command_shortened(tmp_path):
