@@ -716,7 +716,7 @@ class ExitRule:
     ValueError: threshold <= 0 or NaN, min_steps or every < 1, an unknown `over`.
     """
 
-    default, reads_logits, reduce = 0.0, True, "last"
+    default, reads_logits, reduce, back = 0.0, True, "last", 1
 
     def __init__(self, threshold: float | None = None, min_steps=1, every=1, max_entropy=math.inf, over: str = ""):
         name, self.threshold = type(self).__name__, self.default if threshold is None else threshold
@@ -737,8 +737,8 @@ class ExitRule:
         self.seen = None
 
     def due(self, i: int) -> bool:
-        """Is iteration i (1, 2, ...) one to look at?"""
-        return i % self.every == 0 and i > self.min_steps - 2 * self.every
+        """Is iteration i (1, 2, ...) one to look at? Those before min_steps only as far as the rule looks back."""
+        return i % self.every == 0 and i > self.min_steps - (self.back + 1) * self.every
 
     def values(self, s: Tensor, logits: Tensor | None) -> Tensor:
         """The rule's value at each position, (B, T), against the iterate that was passed before."""
@@ -802,7 +802,7 @@ class EntropyDiffExit(ExitRule):
 class ArgmaxStableExit(ExitRule):
     """The likeliest token unchanged for 5 checks in a row."""
 
-    default = 5
+    default, back = 5, property(lambda self: self.threshold)
 
     def values(self, s, logits):
         """(B, T), a count."""

@@ -316,6 +316,8 @@ def test_exit_steps(model):
     assert first(R.KLExit(1e-3, min_steps=14)) == 14 and kl[13] < 1e-3
     assert first(R.KLExit(1e-3, max_entropy=0.1)) == 24  # this model is never so sure
     assert first(R.KLExit(1e9, every=4)) == 4 and first(R.KLExit(1e9, every=4, min_steps=5)) == 8
+    stable = first(R.ArgmaxStableExit())  # a later min_steps does not make the count begin anew
+    assert first(R.ArgmaxStableExit(min_steps=stable + 1)) == stable + 1
     out = model(IDS[:1], 24, S0[:1], exit=R.KLExit(1e-3))  # the logits are those of the iterate it left at
     close(out.logits, model(IDS[:1], out.steps.item(), S0[:1]).logits, 1e-6)
     assert R.LatentDiffExit(max_entropy=1.0).reads_logits and not R.LatentDiffExit().reads_logits
