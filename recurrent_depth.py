@@ -1038,7 +1038,7 @@ def retrofit(state_dict: dict[str, Tensor], llama_config: dict, split=(4, 8, 4),
 
     split (p, R, c): the first p layers become the prelude, the last c the coda, the R before those the core; layers
     between prelude and core are dropped. Only the adapter is new. ValueError: the split exceeds the layers, a tensor
-    is missing or has another shape.
+    is missing, or one of a kept layer has no place here, such as a bias.
     """
     p, R, c = split
     n, heads = llama_config["num_hidden_layers"], llama_config["num_attention_heads"]
@@ -1055,9 +1055,12 @@ def retrofit(state_dict: dict[str, Tensor], llama_config: dict, split=(4, 8, 4),
         tie_embeddings=False, block_class_name="LlamaBlock",
     )  # fmt: skip
 
+    left = set(state_dict)
+
     def given(name: str) -> Tensor:
         if name not in state_dict:
             raise ValueError(f"the state dict has no {name}. It needs Hugging Face's Llama names.")
+        left.discard(name)
         return state_dict[name]
 
     embedding = given("model.embed_tokens.weight")
@@ -1067,7 +1070,8 @@ def retrofit(state_dict: dict[str, Tensor], llama_config: dict, split=(4, 8, 4),
         "lm_head.weight": state_dict.get("lm_head.weight", embedding).clone(),  # untied from here on
     }
     places = [("prelude", j, j) for j in range(p)] + [("core_block", j, n - c - R + j) for j in range(R)]
-    for part, j, i in places + [("coda", j, n - c + j) for j in range(c)]:
+    places += [("coda", j, n - c + j) for j in range(c)]
+    for part, j, i in places:
         old = lambda name, i=i: given(f"model.layers.{i}.{name}.weight")
         for ours, parts in {
             "norm_1": ["input_layernorm"], "norm_2": ["post_attention_layernorm"], "mlp.proj": ["mlp.down_proj"],
@@ -1075,8 +1079,12 @@ def retrofit(state_dict: dict[str, Tensor], llama_config: dict, split=(4, 8, 4),
             "attn.proj": ["self_attn.o_proj"], "mlp.fc": ["mlp.gate_proj", "mlp.up_proj"],
         }.items():  # fmt: skip
             new[f"transformer.{part}.{j}.{ours}.weight"] = torch.cat([old(name) for name in parts])  # along rows
+    kept = tuple(f"model.layers.{i}." for _, _, i in places)
+    if strange := sorted(name for name in left if name.startswith(kept) and not name.endswith("inv_freq")):
+        raise ValueError(f"a Llama's layers have no {', '.join(strange)}: this model cannot be retrofitted.")
     g, bound = cluster.generator(seed, 1), 1 / math.sqrt(2 * cfg.n_embd)
-    new["transformer.adapter.weight"] = torch.empty(cfg.n_embd, 2 * cfg.n_embd).uniform_(-bound, bound, generator=g)
+    adapter = torch.empty(cfg.n_embd, 2 * cfg.n_embd).uniform_(-bound, bound, generator=g)
+    new["transformer.adapter.weight"] = adapter.to(embedding.dtype)
     with torch.device("meta"):
         model = RecurrentDepthLM(cfg)
     model.load_state_dict(new, assign=True)

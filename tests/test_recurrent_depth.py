@@ -519,12 +519,23 @@ def test_retrofit_is_the_source_without_the_dropped_layers(tied, scaling, tmp_pa
         assert greedy[0, t] == run_llama(c, sd, greedy[:, :t], [0, 1, 4, 5, 6])[1][0, -1].argmax()
 
 
+def test_retrofit_keeps_the_type():
+    c, sd = llama()
+    m = R.retrofit({name: w.bfloat16() for name, w in sd.items()}, c, (2, 2, 1))
+    assert {p.dtype for p in m.parameters()} == {torch.bfloat16}
+    assert m(torch.arange(8)[None], 2).logits.isfinite().all()
+
+
 def test_retrofit_refuses():
     c, sd = llama()
     with pytest.raises(ValueError, match="needs 8 layers, each part at least 1; the model has 7"):
         R.retrofit(sd, c, (2, 4, 2))
     with pytest.raises(ValueError, match="each part at least 1"):
         R.retrofit(sd, c, (0, 2, 2))
+    for name in ("self_attn.q_proj.bias", "self_attn.q_norm.weight"):  # Qwen, OLMo-2
+        assert R.retrofit(sd | {f"model.layers.3.{name}": torch.zeros(32)}, c, (2, 2, 1))  # of a dropped layer
+        with pytest.raises(ValueError, match=rf"have no model\.layers\.5\.{re.escape(name)}"):
+            R.retrofit(sd | {f"model.layers.5.{name}": torch.zeros(32)}, c, (2, 2, 1))
     del sd["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
         R.retrofit(sd, c, (2, 2, 1))
