@@ -1104,12 +1104,16 @@ def load_blender(
                 raise FileNotFoundError(f"{part} is missing. Is {root} a NeRF-synthetic folder?")
             continue
         try:
-            meta = json.loads(part.read_text())
+            meta = json.loads(part.read_text(errors="replace"))
+            frames = list(meta.get("frames", []))
         except json.JSONDecodeError as e:
             raise BadInput(f"{part}: record {e.lineno}, byte {e.pos}: not JSON ({e.msg}): truncated?") from e
-        for i, frame in enumerate(meta.get("frames", [])):
-            where, values = f"{part}: frame {i}", {**meta, **frame}
+        except (AttributeError, TypeError) as e:
+            raise BadInput(f"{part}: needs an object with a list of frames") from e
+        for i, frame in enumerate(frames):
+            where = f"{part}: frame {i}"
             try:
+                values = {**meta, **frame}
                 pose = torch.tensor(frame["transform_matrix"], dtype=torch.float64).reshape(-1, 4)
                 file = root / frame["file_path"]
             except (KeyError, TypeError, ValueError, RuntimeError) as e:
@@ -1262,12 +1266,16 @@ def read_ply(path: Path) -> np.ndarray:
     kind, count, fields, element = "", -1, [], ""
     for line in data[:end].decode("ascii", "replace").split("\n"):
         word = line.split()
+        if len(word) < {"format": 2, "element": 3, "property": 3}.get(word[0] if word else "", 0):
+            raise BadInput(f"{path}: header: {line!r} is not complete. Copy it again.")
         if word[:1] == ["format"]:
             kind = word[1]
         elif word[:1] == ["element"]:
             element = word[1]
             if count < 0 and element != "vertex":
                 raise BadInput(f"{path}: header: element {element} before vertex is not supported")
+            if element == "vertex" and not word[2].isdigit():
+                raise BadInput(f"{path}: header: {word[2]!r} is no number of vertices")
             count = int(word[2]) if element == "vertex" else count
         elif word[:1] == ["property"] and element == "vertex":
             if word[1] not in PLY_TYPES:

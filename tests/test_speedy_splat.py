@@ -575,6 +575,8 @@ def test_ply_faults(tmp_path):
         whole.replace(b"float f_rest_44", b"float other").replace(b"float f_rest_43", b"float o"),
     )
     says("type list", head + b"property list uchar int vertex_indices\nend_header\n" + body)
+    says("header: 'element vertex' is not complete", b"ply\nelement vertex\nend_header\n")
+    says("'many' is no number", b"ply\nelement vertex many\nend_header\n")
     says("no element vertex", b"ply\nformat binary_little_endian 1.0\nend_header\n")
     numbers = np.frombuffer(body, "<f4").reshape(5, 62).copy()
     for column, row, value, match in (
@@ -722,7 +724,14 @@ def test_blender_faults(scene, tmp_path):
     path.write_text(json.dumps({"fl_x": 1.0, "frames": [{"file_path": "a", "transform_matrix": [[1, 2], [3]]}]}))
     with pytest.raises(ValueError, match="transforms_train.json: frame 0: needs file_path and a 4 x 4"):
         S.load_blender(root)
-    path.write_text(path.read_text()[:20])
+    for text in ("[]", '{"frames": 3}'):
+        path.write_text(text)
+        with pytest.raises(S.BadInput, match="transforms_train.json: needs an object with a list of frames"):
+            S.load_blender(root)
+    path.write_text('{"frames": [null]}')
+    with pytest.raises(S.BadInput, match="transforms_train.json: frame 0: needs file_path"):
+        S.load_blender(root)
+    path.write_text(json.dumps(meta)[:20])
     with pytest.raises(ValueError, match="transforms_train.json: record 1, byte .*not JSON"):
         S.load_blender(root)
 
