@@ -352,7 +352,7 @@ def test_kernel_scores_switches_and_empty_views():
     r = S.render(model, away, backend="triton", background=(0.1, 0.2, 0.3))
     r.image.sum().backward()
     assert r.pairs == 0 and torch.equal(r.image, torch.tensor([0.1, 0.2, 0.3]).expand(21, 29, 3))
-    with pytest.raises(ValueError, match="tiles of 4, 8, 16 or 32"):
+    with pytest.raises(S.BadInput, match="tiles of 4, 8, 16 or 32"):
         S.render(model, camera, backend="triton", tile=12)
     with pytest.raises(ValueError, match="no_grad"):
         kernels.project_triton(*(model.raw[k] for k in ("means", "quat", "scale", "opacity", "sh_dc")), camera.viewmat,
@@ -434,7 +434,7 @@ def test_too_many_pairs_are_refused(monkeypatch):
     monkeypatch.setattr(kernels, "MAX_PAIRS", 10)
     for backend in ("torch", "triton"):
         with pytest.raises(
-            ValueError, match=r"20 Gaussians make \d+ pairs with tiles, over 10; the largest touches \d+ tiles"
+            S.BadInput, match=r"20 Gaussians make \d+ pairs with tiles, over 10; the largest touches \d+ tiles"
         ):
             S.render(random_model(20), small_camera(), backend=backend, tile=4)
 

@@ -12,6 +12,8 @@ import os
 import torch
 from torch import Tensor
 
+from common.cli import BadInput
+
 try:
     import triton
     import triton.language as tl
@@ -337,11 +339,11 @@ def project_triton(
 
 def _check(table: Tensor, tile: int, mode: str) -> None:
     if mode not in MODES:
-        raise ValueError(f"unknown tiles {mode!r}; choose from {', '.join(MODES)}")
+        raise BadInput(f"unknown tiles {mode!r}; choose from {', '.join(MODES)}")
     if tile not in (4, 8, 16, 32):
-        raise ValueError(f"the Triton backend takes tiles of 4, 8, 16 or 32 pixels, got {tile}. Use backend torch.")
+        raise BadInput(f"the Triton backend takes tiles of 4, 8, 16 or 32 pixels, got {tile}. Use backend torch.")
     if table.dtype != torch.float32:
-        raise ValueError(f"the Triton backend computes in float32, got {table.dtype}. Use backend torch.")
+        raise BadInput(f"the Triton backend computes in float32, got {table.dtype}. Use backend torch.")
 
 
 def tile_lists_triton(
@@ -361,7 +363,7 @@ def tile_lists_triton(
         _tiles_kernel[grid](table, order, counts, counts, counts, counts, n, columns, rows, EMIT=False, **args)
     total = int(counts.sum())  # the one synchronisation
     if total > MAX_PAIRS:
-        raise ValueError(
+        raise BadInput(
             f"{len(table)} Gaussians make {total} pairs with tiles, over {MAX_PAIRS}; the largest touches "
             f"{int(counts.max())} tiles. Prune, lower the image size, or use larger tiles."
         )
