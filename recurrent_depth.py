@@ -1114,7 +1114,8 @@ class AtanAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """One update of every parameter that has a gradient."""
-        loss = closure() if closure else None
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             lr, (b1, b2) = group["lr"], group["betas"]
             for p in (p for p in group["params"] if p.grad is not None):
@@ -1281,8 +1282,10 @@ class Trainer:
         cfg = self.cfg
         if cfg.fixed_r:
             return max(cfg.fixed_r - cfg.k, 0), min(cfg.fixed_r, cfg.k)
-        mean = mean_schedule(micro, cfg.steps * cfg.accum, cfg.r_bar, cfg.ramp) if cfg.ramp else cfg.r_bar
-        return sample_steps(micro + 1, mean, cfg.k)
+        if not cfg.ramp:
+            return sample_steps(micro + 1, cfg.r_bar, cfg.k)
+        mean = mean_schedule(micro, cfg.steps * cfg.accum, cfg.r_bar, cfg.ramp)
+        return sample_steps(micro + 1, mean, min(cfg.k, mean))
 
     def rate(self) -> float:
         """Part of --lr at this step: warm-up, peak, linear fall; once the loss falls below --settle a lower peak."""

@@ -582,6 +582,8 @@ def test_atan_adam_by_hand():
     q.grad = torch.tensor([1e-12, 1.0, -1e6])
     R.AtanAdam([q], lr=1.0, weight_decay=0.0).step()
     close(q.detach().abs(), torch.full((3,), 10 * math.atan(1 / math.sqrt(20))), 1e-4)  # 2.20 lr whatever the scale
+    loss = lambda: (opt.zero_grad(), y := p.square().sum(), y.backward())[1]
+    assert opt.step(loss).item() == pytest.approx(sum(a * a for a in x)) and p.tolist() != x
     for kw in ({"lr": -1}, {"betas": (1.0, 0.9)}, {"weight_decay": -1}):
         with pytest.raises(ValueError, match="must be >= 0"):
             R.AtanAdam([q], **kw)
@@ -696,6 +698,14 @@ def test_non_finite_loss_is_skipped_then_ends_the_run():
         with pytest.raises(BadInput, match="not finite in 20 steps in a row, up to step 23"):
             for _ in range(20):
                 t.advance(False)
+
+
+def test_ramp_raises_depth_and_gradient_together():
+    cfg = replace(SMALL, steps=100, r_bar=8, k=8, ramp=0.5)
+    with cluster.world("cpu") as w:
+        depth = R.Trainer(cfg, R.Parity(cfg), w).depth
+    assert all(k == 1 for _, k in map(depth, range(6)))  # r_bar is 1 there
+    assert all(k <= 4 for _, k in map(depth, range(25))) and max(k for _, k in map(depth, range(50, 100))) == 8
 
 
 def test_alarms():
