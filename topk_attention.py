@@ -252,11 +252,17 @@ def _scores(q: Tensor, k: Tensor, check: str = "") -> Tensor:
         step = 4096 if k.device.type == "cpu" else 65536
         for a in range(0, n, step):
             torch.bmm(k[:, a : a + step].to(acc), q.transpose(1, 2), out=s[:, a : a + step])
-    if check and not s.is_cuda and not math.isfinite(s.sum()):  # a finite sum clears all; overflow of it does not
+    if check:
+        _check_finite(s, q, k, check)
+    return s.transpose(1, 2)
+
+
+def _check_finite(s: Tensor, q: Tensor, k: Tensor, where: str) -> None:
+    """ValueError: q or k, of which s are scores, holds NaN or infinity; a finite sum clears both."""
+    if not s.is_cuda and not math.isfinite(s.sum()):
         for name, x in (("q", q), ("K", k)):
             if not all(torch.isfinite(part.float()).all() for part in x.split(65536, dim=1)):
-                raise ValueError(f"{name} of {check} holds NaN or infinity. Look for what wrote it there.")
-    return s.transpose(1, 2)
+                raise ValueError(f"{name} of {where} holds NaN or infinity. Look for what wrote it there.")
 
 
 def _part(s: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -873,7 +879,9 @@ class KVStore:
         at = torch.cat([at, rest], dim=-1)
         at = F.pad(at, (0, max(0, top - at.shape[-1])), value=-1)
         at = at.masked_fill((at < sink) | (at >= n - recent), -1)
-        value = exact(at).masked_fill(at < 0, -math.inf)
+        value = exact(at)
+        _check_finite(value, rows, k, f"layer {layer}")  # NaN sorts above every number: it was found
+        value = value.masked_fill(at < 0, -math.inf)
         if share == "group":  # each head's probability among its own candidates stands in for that over the prefix
             mass = torch.zeros(len(k), T, n + 1, device=k.device)
             mine = (value * scale).softmax(dim=-1).unflatten(1, (-1, T))  # (Hk, G, T, c)
@@ -1960,9 +1968,10 @@ def evaluate(cfg: Config, w: cluster.World) -> None:
         same = lambda head: all(
             head[f] == (list(v) if isinstance(v := getattr(cfg, f), tuple) else v) for f in EVAL_FIXED
         )
-        if lines and lines[0]["config"]["mode"] == "eval" and not same(lines[0]["config"]):
-            raise BadInput(f"{path} is of an evaluation with other settings. Pass the same, or another --out.")
-        done = {(x["task"], x["sample"], x["k"]): x for x in lines[1:] if "sample" in x}
+        if lines and lines[0]["config"]["mode"] == "eval":  # a demo's answers are not taken over
+            if not same(lines[0]["config"]):
+                raise BadInput(f"{path} is of an evaluation with other settings. Pass the same, or another --out.")
+            done = {(x["task"], x["sample"], x["k"]): x for x in lines[1:] if "sample" in x}
     score_tasks(cfg, w, report.Run(cfg.out, cfg, w, max((x["step"] for x in done.values()), default=0)), done)
 
 

@@ -252,6 +252,19 @@ def test_not_finite(where, value):
             store.search(2, q[0], 5)
 
 
+@pytest.mark.parametrize("index", ("q4", "sign", "ivf"))
+def test_not_finite_behind_an_index(index):
+    q, k, v, *_ = problem(N=600, dtype=torch.float32)
+    store = T.KVStore(index=index, dtype=torch.float32)
+    k[0, 1, 70, 3] = math.nan
+    store.put(0, k[0], v[0])
+    with pytest.raises(ValueError, match="K of layer 0 holds NaN or infinity"):
+        store.search(0, q[0], 5)
+    store.put(0, k[0].nan_to_num(), v[0])
+    with pytest.raises(ValueError, match="q of layer 0 holds NaN or infinity"):
+        store.search(0, q[0] * math.inf, 5)
+
+
 def test_shapes_devices_and_names():
     q, k, v, ks, vs = problem()
     bad = functools.partial(pytest.raises, ValueError)
@@ -962,6 +975,22 @@ def test_generate_saves_and_loads_a_context(tmp_path, capsys, monkeypatch):
     assert torch.equal(T.decode(chat.model, ids, again, 0.1), T.decode(chat.model, ids, store, 0.1))
     with pytest.raises(BadInput, match="exceeds max_position_embeddings 8192"):
         T.main(T.Config(**{**base, "new_tokens": 9000}, prompt_file=str(document)))
+
+
+def test_eval_does_not_take_over_what_a_demo_answered(tmp_path, monkeypatch):
+    monkeypatch.setattr(T, "Chat", lambda cfg, device: None)
+
+    def answer(cfg, chat, task, sample, words):
+        done.append(sample)
+        return [{"task": task, "sample": sample, "k": k, "output": "", "answers": ["1"], "tokens": 9} for k in words]
+
+    monkeypatch.setattr(T, "answer_all", answer)
+    done, how = [], {"model": "smollm2", "context": 330, "ks": ("0.1",), "samples": 1, "out": str(tmp_path)}
+    T.main(T.Config(mode="eval", **how))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"mode": "eval"', '"mode": "demo"'))
+    T.main(T.Config(mode="eval", **how, resume=True))
+    assert done == [0, 0]
 
 
 @pytest.mark.weights
