@@ -1108,7 +1108,8 @@ class GPT3D(nn.Module):
                 raise ValueError(f"{T} tokens, but the model has positions for {self.cfg.seq}. Give shorter rows.")
             x = x + rearrange(self.positions, "(s c) -> s c", s=self.cfg.seq)[:T].to(x.dtype)
         else:
-            angle = torch.outer(torch.arange(T, device=ids.device).float(), self.freq)  # (T, D/2)
+            wide = torch.promote_types(self.dtype, torch.float32)  # compiled and eager cosines differ in the last digit
+            angle = torch.outer(torch.arange(T, device=ids.device, dtype=wide), self.freq.to(wide))  # (T, D/2)
         for block in self.blocks:
             if self.cfg.checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, angle, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
@@ -1570,7 +1571,8 @@ def memorise(width: int, goldfish: bool, seed: int, lr: float = 3e-3, batch: int
 # ---- the experiment: training on a grid
 
 # settings that change the numbers of a run; a checkpoint goes on only under the same ones (on any grid)
-FIXED = ("model", "seq", "vocab", "batch", "lr", "warmup", "weight_decay", "clip", "seed", "dtype", "steps")
+FIXED = ("model", "seq", "vocab", "data", "batch", "tokens_per_step", "lr", "warmup", "weight_decay", "clip", "seed",
+         "dtype", "steps")  # fmt: skip
 
 
 def make_grid(cfg: Config, w: cluster.World) -> Grid:
@@ -1619,6 +1621,8 @@ class Trainer:
         except ValueError as e:
             raise BadInput(str(e)) from e
         c, g = self.model.cfg, self.grid
+        if cfg.tokens_per_step % c.seq:
+            raise BadInput(f"--tokens-per-step {cfg.tokens_per_step} is no multiple of the {c.seq} tokens of a row")
         self.batch = cfg.tokens_per_step // c.seq or cfg.batch
         shards = g.num_data_shards * cfg.accum
         if self.batch % shards:
@@ -1686,11 +1690,12 @@ def check_resume(cfg: Config, w: cluster.World) -> None:
     head = json.loads(path.read_text().splitlines()[0])
     was, ranks = head["config"], head["world"]
     for name in FIXED:
-        now, flag = getattr(cfg, name), "--" + name.replace("_", "-")
-        if was[name] != now:
+        values = [v if name == "data" else [v] for v in (was[name], getattr(cfg, name))]
+        then, now = (f"--{name.replace('_', '-')} {' '.join(map(str, v))}" for v in values)
+        if then != now:
             raise BadInput(
-                f"the checkpoint was trained with {flag} {was[name]}, this run asks for {flag} {now}. "
-                f"Pass {flag} {was[name]} to resume, or another --out to start anew."
+                f"the checkpoint was trained with {then}, this run asks for {now}. "
+                f"Pass {then} to resume, or another --out to start anew."
             )
     given = math.prod(g or 1 for g in was["grid"])
     wrote = "x".join(str(g or ranks // given) for g in was["grid"])

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,8 +53,9 @@ def plain(c: A.GPTConfig, sd: dict, ids: torch.Tensor) -> torch.Tensor:
     x, T = sd["model.embed_tokens.weight"][ids], ids.shape[1]
     if c.pos == "learned":
         x = x + sd["model.embed_positions.weight"][:T]
-    pos = torch.outer(torch.arange(T).float(), 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2) / c.head_dim))
-    cos, sin = pos.cos().to(x.dtype), pos.sin().to(x.dtype)
+    freq = 1 / c.rope_theta ** (torch.arange(0, c.head_dim, 2) / c.head_dim)
+    pos = torch.outer(torch.arange(T).to(x.dtype), freq.to(x.dtype))
+    cos, sin = pos.cos(), pos.sin()
     for i in range(c.n_layer):
         p = f"model.layers.{i}."
         y = norm(x, p + "input_layernorm")
@@ -539,6 +541,17 @@ def test_gradcheck():
         )
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a compiler")
+def test_compiled_equals_eager():
+    """--compile: loss and gradients in float64, GPT and Llama."""
+    for family in ("gpt", "llama"):
+        ids, ends = batch(config(family), 4, masked=False)[0], []
+        for fast in (False, True):
+            model = A.GPT3D(config(family, compile=fast), A.Grid())
+            ends.append((A.backward(model, [ids], False), [p.grad for p in model.parameters()]))
+        torch.testing.assert_close(ends[1], ends[0], rtol=1e-12, atol=1e-14)
+
+
 # ---- bad input
 
 
@@ -588,10 +601,25 @@ def test_commands(tmp_path):
     for argv, message in (
         (["train", "--grid", "2", "1", "1", "1", *out], "grid 2x1x1x1 needs 2 ranks, but world size is 1"),
         (["train", "--batch", "7", "--accum", "2", *out], "--batch 6 or 8"),
+        (["train", "--tokens-per-step", "100", *out], "--tokens-per-step 100 is no multiple of the 64 tokens of a row"),
         (["train", "--resume", *out], "Train without --resume"),
     ):
         done = run_script("axonn.py", *argv)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("change", [{"lr": 5e-4}, {"data": ("sources",)}, {"tokens_per_step": 1024}, {"batch": 8}])
+def test_resume_refuses_other_settings(change, tmp_path):
+    """Every setting that changes a run's numbers: both values are named."""
+    was, w = A.Config(out=str(tmp_path)), cluster.World(0, 1, torch.device("cpu"))
+    A.report.Run(tmp_path, was, w)
+    A.check_resume(was, w)
+    (name, now), flag = next(iter(change.items())), "--" + next(iter(change)).replace("_", "-")
+    text = lambda v: " ".join(map(str, v)) if isinstance(v, tuple) else str(v)
+    with pytest.raises(
+        A.BadInput, match=f"with {flag} {text(getattr(was, name))}, this run asks for {flag} {text(now)}"
+    ):
+        A.check_resume(A.replace(was, **change), w)
 
 
 SMALL = ["--vocab", "300", "--seq", "16", "--batch", "4", "--device", "cpu", "--grid", "1", "2", "1", "1"]
