@@ -128,13 +128,11 @@ class Config:
     def __post_init__(self):
         for name in ("length", "d_model", "n_head", "steps", "batch", "accum", "log_every", "rows", "k"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+                raise BadInput(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if len(self.layers) != 3 or len(self.split) != 3:
-            raise ValueError(f"--layers and --split take three numbers, got {self.layers} and {self.split}")
+            raise BadInput(f"--layers and --split take three numbers, got {self.layers} and {self.split}")
         if self.r_bar < 1 or min(self.num_steps) < 0 or self.new < 0:
-            raise ValueError(
-                f"--r-bar {self.r_bar} must be >= 1, --num-steps {self.num_steps} and --new {self.new} >= 0"
-            )
+            raise BadInput(f"--r-bar {self.r_bar} must be >= 1, --num-steps {self.num_steps} and --new {self.new} >= 0")
 
 
 TEXT = {"task": "text", "recency": 0.0, "settle": 0.0}
@@ -179,7 +177,7 @@ def sample_steps(step: int, mean: float, k: int, sigma: float = 0.5) -> tuple[in
     ValueError: mean < 1 or k < 1. Seed and order of the draws: the released code.
     """
     if not mean >= 1 or k < 1:
-        raise ValueError(f"the mean recurrence must be >= 1 and k >= 1, got mean {mean} and k {k}")
+        raise BadInput(f"the mean recurrence must be >= 1 and k >= 1, got mean {mean} and k {k}")
     g = torch.Generator().manual_seed((514229 + step) % (2**31 - 1))
     rate = torch.zeros(1).log_normal_(math.log(mean) - sigma**2 / 2, sigma, generator=g)  # e^tau, mean r_bar
     p = int(torch.poisson(rate, generator=g)) + 1
@@ -189,7 +187,7 @@ def sample_steps(step: int, mean: float, k: int, sigma: float = 0.5) -> tuple[in
 def mean_schedule(step: int, total: int, r_max: int, frac: float, shape: str = "linear") -> int:
     """r_bar at `step`: from 1 to r_max over the first `frac` of `total` steps (arXiv:2511.07384)."""
     if shape not in ("linear", "1-sqrt"):
-        raise ValueError(f"unknown shape {shape!r}; choose linear or 1-sqrt")
+        raise BadInput(f"unknown shape {shape!r}; choose linear or 1-sqrt")
     progress = min(1.0, step / max(1.0, frac * total))
     return max(1, math.ceil(r_max * (progress if shape == "linear" else 1 - math.sqrt(1 - progress))))
 
@@ -226,23 +224,25 @@ class RecurrentConfig:
         H = self.num_attention_heads
         self.num_key_value_heads = self.num_key_value_heads or H
         if self.injection_type != "linear":
-            raise ValueError(f"injection_type {self.injection_type!r} is unsupported, only 'linear' (concat adapter)")
+            raise BadInput(f"injection_type {self.injection_type!r} is unsupported, only 'linear' (concat adapter)")
         if self.block_class_name not in ("SandwichBlock", "LlamaBlock"):
-            raise ValueError(
+            raise BadInput(
                 f"block_class_name {self.block_class_name!r} is unsupported, only 'SandwichBlock' and 'LlamaBlock'"
             )
         if not self.head_dim and self.n_embd % H:
-            raise ValueError(f"n_embd {self.n_embd} is not a multiple of num_attention_heads {H}")
+            raise BadInput(f"n_embd {self.n_embd} is not a multiple of num_attention_heads {H}")
         self.head_dim = self.head_dim or self.n_embd // H
         if self.head_dim % 2:
-            raise ValueError(f"the head size {self.head_dim} is odd; rotary pairs need an even one")
+            raise BadInput(f"the head size {self.head_dim} is odd; rotary pairs need an even one")
         if H % self.num_key_value_heads or (self.sandwich and H != self.num_key_value_heads):
-            raise ValueError(f"{H} query heads cannot share {self.num_key_value_heads} key/value heads here")
+            raise BadInput(f"{H} query heads cannot share {self.num_key_value_heads} key/value heads here")
+        if self.n_layers_in_recurrent_block < 1:
+            raise BadInput(f"the core has {self.n_layers_in_recurrent_block} layers, it needs at least 1")
         if self.mean_recurrence < 1 or self.mean_backprop_depth < 1:
-            raise ValueError(f"mean_recurrence and mean_backprop_depth must be >= 1: {self.mean_recurrence}, "
+            raise BadInput(f"mean_recurrence and mean_backprop_depth must be >= 1: {self.mean_recurrence}, "
                              f"{self.mean_backprop_depth}")  # fmt: skip
         if self.n_out and self.tie_embeddings:
-            raise ValueError(f"n_out {self.n_out} needs tie_embeddings=False")
+            raise BadInput(f"n_out {self.n_out} needs tie_embeddings=False")
 
     @property
     def sandwich(self) -> bool:
@@ -274,7 +274,7 @@ class RecurrentConfig:
     def preset(cls, name: str, **changes) -> "RecurrentConfig":
         """tiny (bytes on a laptop), small (the paper's 150 M research shape), huginn-3.5b (the released model)."""
         if name not in SHAPES:
-            raise ValueError(f"unknown preset {name!r}; choose {', '.join(SHAPES)}")
+            raise BadInput(f"unknown preset {name!r}; choose {', '.join(SHAPES)}")
         return cls(**SHAPES[name] | changes)
 
 
@@ -501,7 +501,7 @@ class RecurrentDepthLM(nn.Module):
         """
         if cache is not None and torch.is_grad_enabled():
             if labels is not None:
-                raise ValueError(
+                raise BadInput(
                     "a cached pass carries no gradient: leave out labels or the cache, or use torch.no_grad()"
                 )
             with torch.no_grad():
@@ -561,33 +561,31 @@ class RecurrentDepthLM(nn.Module):
         if whole(num_steps):
             return 0, num_steps
         if not isinstance(num_steps, (tuple, list)) or len(num_steps) != 2 or not all(map(whole, num_steps)):
-            raise ValueError(f"num_steps must be an int >= 0 or a pair (no_grad, grad), got {num_steps!r}")
+            raise BadInput(f"num_steps must be an int >= 0 or a pair (no_grad, grad), got {num_steps!r}")
         if num_steps[1] == 0 and labels is not None and torch.is_grad_enabled():
-            raise ValueError(
-                f"at least one iteration must carry gradient, got num_steps={tuple(num_steps)} with labels"
-            )
+            raise BadInput(f"at least one iteration must carry gradient, got num_steps={tuple(num_steps)} with labels")
         return tuple(num_steps)
 
     def _check(self, ids, s0=None, labels=None, cache=None, positions=None) -> None:
         c, past = self.cfg, cache.length if cache else 0
         if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2:
-            raise ValueError(f"ids must be int64 (B, T), got {ids.dtype} {tuple(ids.shape)}")
+            raise BadInput(f"ids must be int64 (B, T), got {ids.dtype} {tuple(ids.shape)}")
         if ids.numel() == 0:
-            raise ValueError(f"ids are empty: {tuple(ids.shape)}. Give at least one token, such as a start token.")
+            raise BadInput(f"ids are empty: {tuple(ids.shape)}. Give at least one token, such as a start token.")
         if ids.is_cuda:  # without a host synchronisation
             torch._assert_async(((ids >= 0) & (ids < c.vocab_size)).all(), f"an id is outside [0, {c.vocab_size})")
         elif ids.min() < 0 or ids.max() >= c.vocab_size:
             bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
-            raise ValueError(f"id {bad} is outside the vocabulary [0, {c.vocab_size})")
+            raise BadInput(f"id {bad} is outside the vocabulary [0, {c.vocab_size})")
         if past + ids.shape[1] > c.block_size:
-            raise ValueError(f"{past} cached + {ids.shape[1]} new tokens exceed block_size {c.block_size}")
+            raise BadInput(f"{past} cached + {ids.shape[1]} new tokens exceed block_size {c.block_size}")
         want = (*ids.shape, c.n_embd)
         if s0 is not None and (tuple(s0.shape) != want or not s0.is_floating_point()):
-            raise ValueError(f"s0 must be floating point of shape {want}, got {s0.dtype} {tuple(s0.shape)}")
+            raise BadInput(f"s0 must be floating point of shape {want}, got {s0.dtype} {tuple(s0.shape)}")
         if labels is not None and labels.shape != ids.shape:
-            raise ValueError(f"labels {tuple(labels.shape)} do not match ids {tuple(ids.shape)}")
+            raise BadInput(f"labels {tuple(labels.shape)} do not match ids {tuple(ids.shape)}")
         if positions is not None and tuple(positions.shape) != (ids.shape[1],):
-            raise ValueError(f"positions must have shape ({ids.shape[1]},), got {tuple(positions.shape)}")
+            raise BadInput(f"positions must have shape ({ids.shape[1]},), got {tuple(positions.shape)}")
 
 
 # ---- the method at inference: one cache for all iterations
@@ -607,10 +605,10 @@ class RecurrentCache:
 
     def __init__(self, budget: int | str | None = None, lookup: str = "exact", capacity: int = 0):
         if lookup not in ("exact", "latest"):
-            raise ValueError(f"unknown lookup {lookup!r}; choose exact or latest")
+            raise BadInput(f"unknown lookup {lookup!r}; choose exact or latest")
         named = isinstance(budget, str) and budget.startswith("compress-s") and budget[10:].isdigit()
         if budget is not None and not named and (isinstance(budget, (bool, str, float)) or budget < 1):
-            raise ValueError(f"budget counts whole iterations, at least 1, got {budget!r}")
+            raise BadInput(f"budget counts whole iterations, at least 1, got {budget!r}")
         self.budget, self.lookup, self.capacity = budget, lookup, capacity
         self.length, self.model, self.store, self.rows = 0, None, None, None
 
@@ -621,7 +619,7 @@ class RecurrentCache:
             if isinstance(self.budget, str):
                 layers = int(self.budget[10:])
                 if layers < 1 or layers % c.n_layers_in_recurrent_block:
-                    raise ValueError(
+                    raise BadInput(
                         f"budget counts whole iterations: {self.budget} is not a multiple of "
                         f"{c.n_layers_in_recurrent_block} core layers"
                     )
@@ -632,15 +630,15 @@ class RecurrentCache:
             self.store = w.new_empty(2, self.first, B, c.num_key_value_heads, 0, c.head_dim)
             self.depth = torch.zeros(B, 0, dtype=torch.long)  # iterations that each token has run
         if self.model is not model:
-            raise ValueError("this cache belongs to a different model. Start a new RecurrentCache.")
+            raise BadInput("this cache belongs to a different model. Start a new RecurrentCache.")
         if self.store.shape[2] != B:
-            raise ValueError(
+            raise BadInput(
                 f"this cache holds {self.store.shape[2]} rows, the call has {B}. Start a new RecurrentCache."
             )
         held = max(self.held, steps if self.budget is None else min(steps, self.budget))
         shallow = int(self.depth[:, : self.length].min()) if self.length else steps
         if steps and shallow < (min(steps, self.budget or steps) if self.lookup == "exact" else 1):
-            raise ValueError(
+            raise BadInput(
                 f"a cached token has run {shallow} iterations and this call runs {steps}: lookup='exact' finds no "
                 f"keys. Use RecurrentCache(lookup='latest'), and at least 1 iteration."
             )
@@ -688,7 +686,7 @@ class RecurrentCache:
     def truncate(self, n: int) -> None:
         """Forget all but the first n tokens."""
         if not 0 <= n <= self.length:
-            raise ValueError(f"cannot truncate to {n} tokens, the cache holds {self.length}")
+            raise BadInput(f"cannot truncate to {n} tokens, the cache holds {self.length}")
         self.length = n
 
     def bytes(self) -> int:
@@ -721,13 +719,11 @@ class ExitRule:
     def __init__(self, threshold: float | None = None, min_steps=1, every=1, max_entropy=math.inf, over: str = ""):
         name, self.threshold = type(self).__name__, self.default if threshold is None else threshold
         if not self.threshold > 0:  # NaN is not either
-            raise ValueError(f"{name}: the threshold must be positive, got {threshold}. Its default is {self.default}.")
+            raise BadInput(f"{name}: the threshold must be positive, got {threshold}. Its default is {self.default}.")
         if min_steps < 1 or every < 1 or not max_entropy > 0:
-            raise ValueError(
-                f"{name}: min_steps {min_steps}, every {every}, max_entropy {max_entropy} must be positive"
-            )
+            raise BadInput(f"{name}: min_steps {min_steps}, every {every}, max_entropy {max_entropy} must be positive")
         if over not in ("", "last", "mean", "max"):
-            raise ValueError(f"{name}: over {over!r} is not last, mean or max")
+            raise BadInput(f"{name}: over {over!r} is not last, mean or max")
         self.min_steps, self.every, self.max_entropy = min_steps, every, max_entropy
         self.over, self.reads_logits = over or self.reduce, self.reads_logits or max_entropy < math.inf
         self.start()
@@ -862,20 +858,20 @@ def generate(
     model._check(ids)
     B, T = ids.shape
     if max_new_tokens < 0 or T + max_new_tokens > model.cfg.block_size:
-        raise ValueError(f"{T} tokens and {max_new_tokens} new ones exceed block_size {model.cfg.block_size}")
+        raise BadInput(f"{T} tokens and {max_new_tokens} new ones exceed block_size {model.cfg.block_size}")
     if not temperature >= 0:
-        raise ValueError(f"temperature must be >= 0, got {temperature}")
+        raise BadInput(f"temperature must be >= 0, got {temperature}")
     if draft_steps is not None:
         if exit or warm_start or temperature or B > 1 or lookahead < 1 or draft_steps < 1:
-            raise ValueError(
+            raise BadInput(
                 "draft_steps >= 1 needs greedy decoding of one row with fixed iterations and lookahead >= 1: "
                 "no exit rule, warm_start, temperature or batch"
             )
         if cache is not None and (cache.budget is not None or cache.lookup != "exact"):
-            raise ValueError("draft_steps needs a cache with all iterations: a shared one would change the output")
+            raise BadInput("draft_steps needs a cache with all iterations: a shared one would change the output")
     cache = cache or RecurrentCache(lookup="latest" if exit else "exact")
     if cache.length >= T:
-        raise ValueError(f"the cache holds {cache.length} tokens, ids has {T}: at least the last must be new")
+        raise BadInput(f"the cache holds {cache.length} tokens, ids has {T}: at least the last must be new")
     cache.capacity = max(cache.capacity, T + max_new_tokens)
     base = int(torch.randint(2**62, (), generator=generator)) if generator else 0
     out, ran, accepted, serial = ids, [], [], 0
@@ -936,7 +932,7 @@ def diffusion_forcing(
     model._check(ids)
     B, T = ids.shape
     if B != 1 or T + max_new_tokens > model.cfg.block_size or min(inner, wave, max_calls) < 1:
-        raise ValueError(f"one row and at most {model.cfg.block_size} tokens, got {B} rows, {T} + {max_new_tokens}")
+        raise BadInput(f"one row and at most {model.cfg.block_size} tokens, got {B} rows, {T} + {max_new_tokens}")
     cache, goal, calls, widths = RecurrentCache(inner, capacity=T + max_new_tokens), T + max_new_tokens, 0, []
     out, done = ids, 0  # done: frozen positions
     s = e_old = None  # states and embeddings of the wave, (1, w, C)
@@ -1016,7 +1012,7 @@ def load_weights(path: str | Path) -> RecurrentDepthLM:
         if n in found and found[n].shape != want[n].shape
     ]
     if wrong:
-        raise ValueError(f"{folder} does not fit its config.json: " + "; ".join(wrong))
+        raise BadInput(f"{folder} does not fit its config.json: " + "; ".join(wrong))
     model.load_state_dict(found, assign=True)
     model.freq = RecurrentDepthLM.frequencies(cfg)
     return model.requires_grad_().eval()
@@ -1043,7 +1039,7 @@ def retrofit(state_dict: dict[str, Tensor], llama_config: dict, split=(4, 8, 4),
     p, R, c = split
     n, heads = llama_config["num_hidden_layers"], llama_config["num_attention_heads"]
     if min(split) < 1 or sum(split) > n:
-        raise ValueError(f"split {tuple(split)} needs {sum(split)} layers, each part at least 1; the model has {n}")
+        raise BadInput(f"split {tuple(split)} needs {sum(split)} layers, each part at least 1; the model has {n}")
     cfg = RecurrentConfig(
         n_embd=llama_config["hidden_size"], num_attention_heads=heads,
         num_key_value_heads=llama_config.get("num_key_value_heads", heads),
@@ -1059,7 +1055,7 @@ def retrofit(state_dict: dict[str, Tensor], llama_config: dict, split=(4, 8, 4),
 
     def given(name: str) -> Tensor:
         if name not in state_dict:
-            raise ValueError(f"the state dict has no {name}. It needs Hugging Face's Llama names.")
+            raise BadInput(f"the state dict has no {name}. It needs Hugging Face's Llama names.")
         left.discard(name)
         return state_dict[name]
 
@@ -1081,7 +1077,7 @@ def retrofit(state_dict: dict[str, Tensor], llama_config: dict, split=(4, 8, 4),
             new[f"transformer.{part}.{j}.{ours}.weight"] = torch.cat([old(name) for name in parts])  # along rows
     kept = tuple(f"model.layers.{i}." for _, _, i in places)
     if strange := sorted(name for name in left if name.startswith(kept) and not name.endswith("inv_freq")):
-        raise ValueError(f"a Llama's layers have no {', '.join(strange)}: this model cannot be retrofitted.")
+        raise BadInput(f"a Llama's layers have no {', '.join(strange)}: this model cannot be retrofitted.")
     g, bound = cluster.generator(seed, 1), 1 / math.sqrt(2 * cfg.n_embd)
     adapter = torch.empty(cfg.n_embd, 2 * cfg.n_embd).uniform_(-bound, bound, generator=g)
     new["transformer.adapter.weight"] = adapter.to(embedding.dtype)
@@ -1108,7 +1104,7 @@ class AtanAdam(torch.optim.Optimizer):
 
     def __init__(self, params: Iterable, lr: float = 4e-5, betas=(0.9, 0.95), weight_decay: float = 4e-5):
         if lr < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
-            raise ValueError(f"lr {lr} and weight_decay {weight_decay} must be >= 0, betas {betas} in [0, 1)")
+            raise BadInput(f"lr {lr} and weight_decay {weight_decay} must be >= 0, betas {betas} in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "base_lr": lr})
 
     @torch.no_grad()
@@ -1209,7 +1205,7 @@ def shape_of(cfg: Config, data) -> RecurrentConfig:
 FIXED = (
     "task", "length", "data", "d_model", "n_head", "d_mlp", "layers", "rope_base", "recency", "r_bar", "k", "fixed_r",
     "ramp", "steps", "batch", "accum", "optimizer", "lr", "warmup", "flat", "settle", "settle_lr", "beta2",
-    "weight_decay", "clip", "seed", "dtype",
+    "weight_decay", "clip", "seed", "dtype", "split",
 )  # fmt: skip
 
 
@@ -1433,21 +1429,27 @@ def passes(acc: dict[int, float]) -> bool:
     return acc[12] >= 0.98 and acc[4] - acc[1] >= 0.12 and acc[64] >= acc[12] - 0.01
 
 
+def by_quarter(right: dict[int, Tensor]) -> list[list]:
+    """Table rows: accuracy by depth over all positions and over each quarter of them."""
+    parts = [a.tensor_split(4) for a in right.values()]
+    return [["all", *(a.mean().item() for a in right.values())]] + [
+        [f"quarter {i + 1}", *(part[i].mean().item() for part in parts)] for i in range(4)
+    ]
+
+
 def demo(cfg: Config, w: cluster.World) -> None:
     """Train a model per seed and one at fixed depth, then show what more iterations do to each."""
     T, depths, data, passed, best = cfg.length, cfg.num_steps, Parity(cfg), [], None
     if cfg.task != "parity":
         raise BadInput("the demo is about parity. For text: python recurrent_depth.py train --preset bytes")
+    if T < 4:
+        raise BadInput(f"the demo shows quarters of its rows, --length {T} must be at least 4")
     if need := {1, 4, 12, 64} - set(depths):
         raise BadInput(f"the demo needs the depths 1 4 12 64 among --num-steps, {sorted(need)} are missing")
     run = report.Run(cfg.out, cfg, w)
     rows = lambda L: [x.to(w.device) for x in data.held_out(cfg.rows, L)]
     mean = lambda right: {r: a.mean().item() for r, a in right.items()}
     show = lambda title, head, lines: w.print(f"\n{title}\n" + report.table([*map(str, head)], lines))
-    quarters = lambda right: (
-        [["all", *mean(right).values()]]
-        + [[f"quarter {i + 1}", *(a.chunk(4)[i].mean().item() for a in right.values())] for i in range(4)]
-    )
     for seed in cfg.seeds:
         trainer = Trainer(replace(cfg, seed=seed), data, w).run(run, f"seed {seed}", until=min(cfg.judge, cfg.steps))
         loss = by_depth(trainer.model, *rows(T), (4, 16))[1]
@@ -1466,8 +1468,8 @@ def demo(cfg: Config, w: cluster.World) -> None:
     fixed = replace(cfg, seed=cfg.seeds[0], fixed_r=1)
     control = by_depth(Trainer(fixed, data, w).run(run, "control").model, *rows(T), depths)[0]
     seed, model, acc, right = best
-    show(f"seed {seed}: accuracy on {cfg.rows} fresh rows of {T} bits", ["r =", *depths], quarters(right))
-    show("control: the same parameters, r = 1 in training", ["r =", *depths], quarters(control))
+    show(f"seed {seed}: accuracy on {cfg.rows} fresh rows of {T} bits", ["r =", *depths], by_quarter(right))
+    show("control: the same parameters, r = 1 in training", ["r =", *depths], by_quarter(control))
     longer = {L: mean(by_depth(model, *rows(L), depths)[0]) for L in (3 * T // 2, 2 * T)}
     show("rows longer than any in training", ["r =", *depths], [[f"{L} bits", *a.values()] for L, a in longer.items()])
     left = {L: exits(model, *rows(L), rules_shown()) for L in (T // 4, T // 2, 3 * T // 4, T)}
@@ -1569,8 +1571,8 @@ def draw(right: dict, control: dict, left: dict, figure, axes) -> None:
 
 def check_resume(state: dict, cfg: Config) -> None:
     """BadInput: the checkpoint was trained with another setting."""
-    for name in FIXED:
-        was, now, flag = state["setting"][name], getattr(cfg, name), "--" + name.replace("_", "-")
+    for name, was in state["setting"].items():
+        now, flag = getattr(cfg, name), "--" + name.replace("_", "-")
         if was != now:
             raise BadInput(
                 f"the checkpoint was trained with {flag} {was}, this run asks for {flag} {now}. "
@@ -1625,7 +1627,7 @@ def open_model(cfg: Config, w: cluster.World):
     """The model of --model with its tokenizer or None: our folder, or a Llama made recurrent on the spot."""
     folder = Path(cfg.model)
     config = folder / "config.json"
-    if config.exists() and json.loads(config.read_text()).get("model_type") == "huginn_raven":
+    if config.exists() and "huginn_raven" in config.read_text():
         tok = folder / "tokenizer.json"
         tokenizer = _package("tokenizers").Tokenizer.from_file(str(tok)) if tok.exists() else None
         return load_weights(folder).to(w.device), tokenizer
@@ -1713,11 +1715,11 @@ def inspect(cfg: Config, w: cluster.World) -> None:
     model, tokenizer = open_model(cfg, w)
     cfg = replace(cfg, task="parity" if model.cfg.n_out else "text")
     ids = data_for(cfg, model, tokenizer).held_out(8, cfg.length)[0].to(w.device)
-    depths = sorted({r for r in cfg.num_steps if r})
+    depths = sorted({*cfg.num_steps})
     *_, (_, end) = unroll(model, ids, 128)
     gap, before, rows = path_independence(model, ids, depths), None, []
     for r, s in unroll(model, ids, max(depths)):
-        if r in depths:
+        if r and r in depths:
             moved, far = ((s - other).norm(dim=-1) / s.norm(dim=-1) for other in (before, end))
             rows.append(
                 [str(r), float(correlation(s)), moved.mean().item(), far.mean().item(), far.max().item(), gap[r]]

@@ -708,6 +708,20 @@ def test_ramp_raises_depth_and_gradient_together():
     assert all(k <= 4 for _, k in map(depth, range(25))) and max(k for _, k in map(depth, range(50, 100))) == 8
 
 
+def test_resume_compares_the_settings():
+    with cluster.world("cpu") as w:
+        state = R.Trainer(SMALL, R.Parity(SMALL), w).state()
+    R.check_resume(state, SMALL)
+    with pytest.raises(BadInput, match=r"trained with --split \(6, 12, 6\), this run asks for --split \(5, 5, 5\)"):
+        R.check_resume(state, replace(SMALL, split=(5, 5, 5)))
+
+
+def test_quarters_of_any_length():
+    rows = R.by_quarter({1: torch.arange(9.0), 4: torch.ones(9)})
+    assert rows[0] == ["all", 4.0, 1.0]
+    assert rows[1:] == [["quarter 1", 1.0, 1.0], ["quarter 2", 3.5, 1.0], ["quarter 3", 5.5, 1], ["quarter 4", 7.5, 1]]
+
+
 def test_alarms():
     same = torch.randn(1, 1, 8).expand(2, 5, 8)
     assert R.correlation(same).item() == pytest.approx(1, abs=1e-5)
@@ -775,6 +789,7 @@ def test_what_is_allowed(model):
         ({"n_embd": 99}, "head size 33 is odd"),
         ({"mean_recurrence": 0}, "must be >= 1"),
         ({"n_out": 2}, "needs tie_embeddings=False"),
+        ({"n_layers_in_recurrent_block": 0}, "the core has 0 layers"),
         ({"num_key_value_heads": 1}, "cannot share 1 key/value heads"),
     ],
 )
@@ -795,10 +810,28 @@ def test_bad_configs(changes, message):
         (["demo", "--task", "text"], "--preset bytes"),
         (["train", "--steps", "0"], "--steps must be at least 1"),
         (["train", "--layers", "1", "1"], "three numbers"),
+        (["train", "--d-model", "65"], "65 is not a multiple of"),
+        (["train", "--layers", "1", "0", "1"], "the core has 0 layers"),
+        (["demo", "--length", "3"], "--length 3 must be at least 4"),
+        (["generate", "--model", "tiny", "--temperature", "-1"], "temperature must be >= 0"),
+        (["generate", "--model", "tiny", "--budget", "-1"], "budget counts whole iterations"),
+        (["generate", "--model", "tiny", "--draft", "2", "--warm-start"], "needs greedy decoding"),
+        (["generate", "--model", "tiny", "--new", "999"], "999 new ones exceed block_size"),
+        (["generate", "--model", "tiny", "--exit", "kl", "--max-entropy", "-1"], "must be positive"),
+        (["eval", "--model", "cut"], "is not JSON"),
+        (["eval", "--model", "misfit"], "missing transformer.wte.weight"),
     ],
 )
 def test_bad_flags(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    R.save_weights(tiny(), "tiny")
+    for name, config in {
+        "cut": '{"model_type": "huginn_raven",',
+        "misfit": Path("tiny/config.json").read_text(),
+    }.items():
+        Path(name).mkdir()
+        Path(name, "config.json").write_text(config)
+        st.save_file({}, Path(name, "model.safetensors"))
     monkeypatch.setattr("sys.argv", ["recurrent_depth.py", *argv, "--device", "cpu"])
     with pytest.raises(SystemExit) as e:
         R.cli.run(R.main, R.Config, R.PRESETS)
