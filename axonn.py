@@ -1557,6 +1557,7 @@ def memorise(width: int, goldfish: bool, seed: int, lr: float = 3e-3, batch: int
     for step in range(steps):
         rows = shown[step * batch : (step + 1) * batch]
         targets = rows[:, 1:].masked_fill(goldfish_mask(rows[:, 1:]), -100) if goldfish else rows[:, 1:]
+        rows, targets = rows.to(grid.device), targets.to(grid.device)
         loss = vocab_parallel_cross_entropy(model(rows[:, :-1]), targets, grid) / global_count(targets, grid)
         loss.backward()
         sync_gradients(model)
@@ -1565,7 +1566,7 @@ def memorise(width: int, goldfish: bool, seed: int, lr: float = 3e-3, batch: int
             group["lr"] = lr * min(1, (step + 1) / 10) * (1 - step / steps)
         optimizer.step()
         optimizer.zero_grad()
-    return [memorization_eval(model, d, PREFIX, SUFFIX) for d in docs]
+    return [memorization_eval(model, d.to(grid.device), PREFIX, SUFFIX) for d in docs]
 
 
 # ---- the experiment: training on a grid
@@ -1782,7 +1783,7 @@ def curve(c: GPTConfig, grid: Grid, seed: int, steps: int = 4, rows: int = 16) -
     optimizer, want = adamw(model, 1e-2), volume(c, rows, grid.dims)
     for step in range(steps):
         ids = torch.randint(c.vocab, (rows, c.seq + 1), generator=cluster.generator(seed, 7, step))
-        micro = [ids.chunk(grid.num_data_shards)[grid.data_shard]]
+        micro = [ids.chunk(grid.num_data_shards)[grid.data_shard].to(grid.device)]
         with CommLog() as log:
             found["loss"].append(backward(model, micro, hide=False).item())
             found["norm"].append(clip_grad_norm_(model, 0.5))
@@ -1828,6 +1829,7 @@ def step_times(
 ) -> dict:
     """Median seconds of a training step and of waiting in it, {(dims, hide): (step, waiting)}; grids interleaved."""
     models = {d: GPT3D(c, g) if (g := Grid(*d, ranks=ranks)).member else None for d in fit}
+    optimizers = {d: adamw(model, 1e-4) for d, model in models.items() if model is not None}
     took = {(d, hide): [] for d in fit for hide in ways}
     if w.rank in ranks:
         for i in report.progress(range(rounds + 1), "timing", w):
@@ -1841,6 +1843,7 @@ def step_times(
                 with CommLog() as log:
                     backward(model, micro, hide)
                     clip_grad_norm_(model, 1.0)
+                optimizers[d].step()
                 report.synchronize(grid.device)
                 seconds.append((time.perf_counter() - start, log.seconds))
                 model.zero_grad()
@@ -1961,10 +1964,13 @@ def bench(cfg: Config, w: cluster.World) -> None:
         raise BadInput(f"--model {cfg.model}: bench knows {', '.join(PRESETS)}")
     changes = {n: getattr(cfg, n) for n in ("dtype", "checkpoint", "cache_weights", "compile", "seed")}
     c = replace(PRESETS[cfg.model], seq=cfg.seq or PRESETS[cfg.model].seq, **changes)
+    fit = [d for d in grids(w.size) if not c.misfit(*d[:2])]
+    fit = fit if cfg.grid == Config.grid else [make_grid(cfg, w).dims]
+    fit = [d for d in fit if cfg.batch % (d[2] * d[3] * cfg.accum) == 0]
+    if not fit:
+        raise BadInput(f"no grid of {w.size} ranks splits --model {cfg.model} and --batch {cfg.batch} over --accum "
+                       f"{cfg.accum}. Make --batch a multiple of {w.size * cfg.accum}.")  # fmt: skip
     copied, ceiling = report.ceilings(w.device, getattr(torch, cfg.dtype))
-    fit = [d for d in grids(w.size) if not c.misfit(*d[:2]) and cfg.batch % (d[2] * d[3] * cfg.accum) == 0]
-    if w.size > 1 and cfg.grid != Config.grid:
-        fit = [make_grid(cfg, w).dims]
     tokens = cfg.batch * c.seq
     w.print(f"{report.device_name(w.device)}, {w.size} ranks, {cfg.model}, {cfg.dtype}, {tokens} tokens a step, "
             f"{'with' if c.checkpoint else 'without'} recomputation; "
@@ -2058,7 +2064,10 @@ def local_ranks(n: int, device: str) -> None:
 def main(cfg: Config) -> None:
     if cfg.mode == "plan":
         return plan(cfg)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # kernels start in issue order, which overlap() needs
     alone = "RANK" not in os.environ
+    if cfg.mode == "demo" and cfg.device == "auto":
+        cfg.device = "cpu"  # the demo's claims are about gloo ranks; NCCL promises no equal bits
     if alone and cfg.ranks > 1 and (cfg.mode == "demo" or (cfg.mode == "bench" and not torch.cuda.is_available())):
         return local_ranks(cfg.ranks, cfg.device)
     with cluster.world(cfg.device) as w:

@@ -603,6 +603,7 @@ def test_commands(tmp_path):
         (["train", "--batch", "7", "--accum", "2", *out], "--batch 6 or 8"),
         (["train", "--tokens-per-step", "100", *out], "--tokens-per-step 100 is no multiple of the 64 tokens of a row"),
         (["train", "--resume", *out], "Train without --resume"),
+        (["bench", "--ranks", "1", "--batch", "3", "--accum", "2", *out], "Make --batch a multiple of 2"),
     ):
         done = run_script("axonn.py", *argv)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
@@ -662,6 +663,13 @@ def test_demo_starts_and_ends_its_own_ranks(tmp_path):
     claim = json.loads((tmp_path / "claim.json").read_text())
     assert claim["holds"] is True and expect in claim["here"]
     assert (tmp_path / "axonn.png").exists() or "pip install" in done.stdout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_demo_on_a_gpu(tmp_path):
+    done = run_script("axonn.py", "--ranks", "1", "--device", "cuda", "--out", str(tmp_path))
+    assert done.returncode == 0 and "equal the formula: yes" in done.stdout, done.stderr
 
 
 def _children(pid):
