@@ -191,7 +191,7 @@ def test_blend_gradients_by_gradcheck(monkeypatch):
     monkeypatch.setattr(S, "SLAB", 4)  # several slabs per tile
     model, camera = random_model(14, dtype=torch.float64), small_camera(13, 10)
     s = S.project(model, camera)
-    ids, starts = S.bin_pairs(s, 13, 10, 8, "accutile")
+    ids, starts = S.bin_pairs(s, camera, 8, "accutile")
     assert int(starts.diff().max()) > 8
     leaves = [x.detach().requires_grad_() for x in (s.mean2d, s.conic, s.opacity, s.color)]
 
@@ -224,11 +224,23 @@ def test_tiles_equal_the_dense_renderer_with_gradients(keep, monkeypatch):
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)
 
 
+def test_the_dense_reference_fits_in_memory(monkeypatch):
+    """In pieces it is the same image, and the demo's comparison stays small where its views are large."""
+    model, camera, sizes = random_model(30, dtype=torch.float64), small_camera(), []
+    whole, dense = S.render_dense(model, camera), S.render_dense
+    monkeypatch.setattr(S, "DENSE", 100)
+    torch.testing.assert_close(S.render_dense(model, camera), whole, rtol=0, atol=1e-14)
+    monkeypatch.setattr(S, "DENSE", 2**26)
+    monkeypatch.setattr(S, "render_dense", lambda m, c, *rest: sizes.append(c.size) or dense(m, c, *rest))
+    off = S.exactness(model, S.scene_camera(3, 10, 800), S.SKY, 16)
+    assert sizes == [(96, 96)] and off["accutile"] < 1e-12
+
+
 def test_score_is_the_squared_derivative_by_finite_differences():
     model, camera, background = random_model(6, dtype=torch.float64), small_camera(11, 9), (0.3, 0.2, 0.1)
     model.opacity.data.clamp_(max=1.0)
     s = S.project(model, camera)
-    table, (ids, starts) = S._table(s).detach(), S.bin_pairs(s, 11, 9, 16, "accutile")
+    table, (ids, starts) = S._table(s).detach(), S.bin_pairs(s, camera, 16, "accutile")
 
     def images(log_gain):  # a gain per pixel and splat is dI/dg by one pixel at a time; here all pixels of one splat
         t = table.clone()
@@ -524,6 +536,8 @@ def test_colmap_faults(tmp_path):
             S.load_colmap(colmap(tmp_path / "a", cameras=f"1 {model}\n"))
     with pytest.raises(ValueError, match="names camera 1, which"):
         S.load_colmap(colmap(tmp_path / "b", cameras="9 PINHOLE 8 8 1 1 4 4\n"))
+    with pytest.raises(S.BadInput, match="no cameras"):
+        S.load_colmap(colmap(tmp_path / "g", images="# none\n"))
     with pytest.raises(ValueError, match="no points.*--init random"):
         S.load_colmap(colmap(tmp_path / "c", points="# none\n"))
     assert len(S.load_colmap(tmp_path / "c", init="random", count=7).points) == 7
@@ -575,8 +589,8 @@ def test_ply_faults(tmp_path):
         whole.replace(b"float f_rest_44", b"float other").replace(b"float f_rest_43", b"float o"),
     )
     says("type list", head + b"property list uchar int vertex_indices\nend_header\n" + body)
-    says("header: 'element vertex' is not complete", b"ply\nelement vertex\nend_header\n")
-    says("'many' is no number", b"ply\nelement vertex many\nend_header\n")
+    for line in ("format", "element vertex", "element vertex many", "property float"):
+        says(f"header: '{line}' is damaged", b"ply\n" + line.encode() + b"\nend_header\n")
     says("no element vertex", b"ply\nformat binary_little_endian 1.0\nend_header\n")
     numbers = np.frombuffer(body, "<f4").reshape(5, 62).copy()
     for column, row, value, match in (
@@ -759,9 +773,7 @@ def short(tmp_path, **changed):
 def test_training_improves_prunes_and_exports(scene, tmp_path):
     cfg = short(tmp_path, steps=200, eval_every=50, soft_ratio=0.3, hard_ratio=0.1)
     first = S.GaussianModel.from_points(scene.points, scene.rgb, scene.extent, 1)
-    look = {"background": S.SKY, "tiles": "accutile", "backend": "torch", "tile": 8, "sh_degree": 1}
-    with torch.no_grad():
-        before = S.evaluate(first, scene, scene.cameras, look, LONE)
+    before = S.evaluate(first, scene, cfg.look(S.SKY), LONE, sh_degree=1)
     model = S.train(scene, cfg)
     rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()[1:]]
     assert rows[-1]["psnr"] > before["psnr"] + 4 and rows[-1]["gaussians"] == len(model) < 300
