@@ -43,11 +43,9 @@ Writes   results/abacus/: metrics.jsonl, claim.json, abacus.png; seedN/ (train):
 import contextlib
 import functools
 import math
-import multiprocessing
 import string
 import time
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -992,7 +990,7 @@ def compare(jobs: list[Config], w: cluster.World, run: report.Run) -> dict:
     """measure() each, (digits, position, seed) -> what was found. The ranks, or the workers of a lone one, share the
     models, not the batches, so the numbers are those of one process."""
     if w.size == 1 and w.device.type == "cpu" and min(cfg.workers for cfg in jobs) > 1 and len(jobs) > 1:
-        with ProcessPoolExecutor(jobs[0].workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with cluster.workers(jobs[0].workers) as pool:
             mine = list(report.progress(pool.map(measure_in_worker, jobs), "models", w, len(jobs)))
     else:
         alone = [dist.new_group([r]) for r in range(w.size)][w.rank]

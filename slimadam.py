@@ -31,10 +31,8 @@ import contextlib
 import functools
 import json
 import math
-import multiprocessing
 import re
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import combinations
@@ -1475,7 +1473,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     if w.size > 1:
         found, derived, best = sweep(cfg, w, None)
     else:
-        with ProcessPoolExecutor(cfg.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with cluster.workers(cfg.workers) as pool:
             found, derived, best = sweep(cfg, w, pool)
     for (name, lr, seed), f in found.items():
         shown = {k: f[k] for k in ("train_loss", "val_loss", "losses")}

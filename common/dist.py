@@ -1,12 +1,15 @@
 """Process group, device, seeds and checkpoints, on one process or many, under torchrun or plain python."""
 
 import gc
+import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +67,23 @@ def world(device: str = "auto") -> Iterator[World]:
             dist.destroy_process_group()
 
 
+@contextmanager
+def workers(n: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of n fresh processes, for runs that share nothing. Ctrl-C, SIGTERM or an error here ends them at once."""
+    heed = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # a terminal's Ctrl-C reaches them too; we decide
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), *heed) as pool:
+            try:
+                yield pool
+            except BaseException:  # else the pool would first finish what it was given
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 # ---- seeds and replicas
 
 
@@ -103,6 +123,8 @@ def stop_signal(device: torch.device) -> Iterator:
 
 # ---- checkpoints of whole state dicts
 
+_FULL = "cannot write {}: {}. Free space or pass --out DIR; earlier checkpoints remain."
+
 
 def _rotate(new: Path, path: Path) -> None:
     """Make the finished `new` the current `path`; what stood there becomes path.previous."""
@@ -123,13 +145,16 @@ def save(path: str | Path, state: dict) -> None:
             os.fsync(f.fileno())
         _rotate(tmp, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
-        raise OSError(f"cannot write {path}: {e}. Free space or pass --out DIR; earlier checkpoints remain.") from e
+        with suppress(OSError):
+            tmp.unlink()
+        raise OSError(_FULL.format(path, e)) from e
 
 
 def set_aside(path: str | Path) -> None:
     """Before a fresh run: an earlier run's checkpoints get .old at their end."""
     for p in (str(path), f"{path}.previous"):
         if Path(p).exists():
+            shutil.rmtree(p + ".old", ignore_errors=True)  # a folder must go first; a file is replaced
             os.replace(p, p + ".old")
 
 
@@ -168,13 +193,19 @@ def load(path: str | Path) -> dict:
 
 
 def save_sharded(folder: str | Path, state: dict) -> None:
-    """Write a state dict whose tensors may be DTensors, atomically. Collective."""
+    """Write a state dict whose tensors may be DTensors, atomically. Collective. OSError: cannot write."""
     folder, tmp = Path(folder), Path(f"{folder}.tmp")
     if dist.get_rank() == 0:
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
     dist.barrier()
-    dcp.save(state, checkpoint_id=tmp)  # ends with a barrier
+    try:
+        dcp.save(state, checkpoint_id=tmp)  # ends with a barrier
+    except dcp.api.CheckpointException as e:  # on every rank; it tells what happened on which
+        why = "; ".join(f"rank {r}: {error}" for r, (error, _) in e.failures.items())
+        if dist.get_rank() == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+        raise OSError(_FULL.format(folder, why)) from e
     if dist.get_rank() == 0:
         _rotate(tmp, folder)
     dist.barrier()

@@ -1,8 +1,10 @@
 """common/: flags, groups, checkpoints, reports, text, real weights."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -71,6 +73,17 @@ def test_lone_process_is_a_group_of_one():
 def test_cuda_without_a_gpu_says_what_to_type():
     with pytest.raises(RuntimeError, match="pass --device cpu"), cluster.world("cuda"):
         pass
+
+
+def test_workers_end_at_once_with_an_error():
+    start = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        with cluster.workers(2) as pool:
+            assert list(pool.map(abs, [-1, -2])) == [1, 2]
+            sleeping = pool.submit(time.sleep, 100)
+            raise ZeroDivisionError
+    assert time.monotonic() - start < 60 and not multiprocessing.active_children()
+    assert not (sleeping.done() and sleeping.exception() is None)
 
 
 def test_generator_streams_differ():
