@@ -1,9 +1,13 @@
-"""Triton: exact top-k decoding on a GPU. Scores, radix select, attention to the chosen rows, and a dense baseline.
+"""Exact top-k decoding on a GPU, in Triton: scores, radix select, attention to the chosen rows, a dense baseline; and
+the copy of rows from host memory to the GPU.
 
 A decode step is a chain of launches without a host synchronisation: counts and thresholds stay on the device. Queries
 of one key/value head are R rows: q (Hk, R, D), scores (Hk, R, N). Row offsets are int64, as N x Hk x D passes 2^31. The
 torch twins are _scores, radix_topk, topk_attention and Quantised in topk_attention.py. Not yet run on a GPU.
 """
+
+import contextlib
+import os
 
 import torch
 from torch import Tensor
@@ -260,8 +264,6 @@ def available() -> bool:
 
 def _need(x: Tensor) -> None:
     """RuntimeError: Triton is missing, or x is on the CPU and the interpreter is off."""
-    import os
-
     if triton is None:
         raise RuntimeError("Triton is not installed. Use backend='torch'.")
     if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
@@ -405,3 +407,49 @@ def topk_attention_triton(
         found.append(_merge(o, l))
     o, l = zip(*found, strict=True)
     return torch.stack(o).reshape(q.shape), torch.stack(l).reshape(B, Hq, T)
+
+
+# ---- rows from host memory
+
+
+class RowCache:
+    """Value rows of the last step kept on the GPU: neighbouring steps choose mostly the same rows, so only the new ones
+    travel, on a stream of their own. Exact: a row is reused when its index is chosen again. hits and asked count rows.
+
+    store.rows(layer) gives keys and values (Hk, N, D), store.gather(layer, idx) value rows. Rows must keep their place.
+    """
+
+    def __init__(self, store, device: torch.device):
+        self.store, self.device, self.last, self.hits, self.asked = store, device, {}, 0, 0
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fetch(self, layer: int, idx: Tensor) -> Tensor:
+        """store.gather(layer, idx) on the cache's device: idx (Hq, 1, k) -> (Hq, 1, k, D)."""
+        if idx.shape[1] != 1:
+            return self.store.gather(layer, idx).to(self.device)
+        values, idx, (Hq, _, k) = self.store.rows(layer)[1], idx.clamp(min=0), idx.shape
+        v = values.view(torch.uint8) if values.element_size() == 1 else values  # fp8 has no index_select
+        flat = (idx[:, 0] * Hq + torch.arange(Hq, device=idx.device)[:, None]).flatten()  # row and head
+        rows = torch.empty(len(flat), v.shape[2], dtype=v.dtype, device=self.device)
+        old, kept = self.last.get(layer, (flat[:0], rows[:0]))
+        place = torch.searchsorted(old, flat).clamp(max=max(0, len(old) - 1))
+        hit = old[place] == flat if len(old) else torch.zeros_like(flat, dtype=torch.bool)
+        new, again = (~hit).nonzero()[:, 0], hit.nonzero()[:, 0]
+        head = (new // k) // (Hq // len(v))
+        fresh = torch.empty(len(new), v.shape[2], dtype=v.dtype, pin_memory=self.copies is not None)
+        for h in range(len(v)):
+            mine = head == h
+            fresh[mine] = v[h].index_select(0, idx.flatten()[new[mine]])
+        with torch.cuda.stream(self.copies) if self.copies else contextlib.nullcontext():
+            moved, where = fresh.to(self.device, non_blocking=True), new.to(self.device, non_blocking=True)
+        if len(old):
+            rows[again.to(self.device)] = kept[place[again].to(self.device)]
+        if self.copies:
+            torch.cuda.current_stream(self.device).wait_stream(self.copies)
+            for x in (moved, where):
+                x.record_stream(torch.cuda.current_stream(self.device))
+        rows[where] = moved
+        order = flat.argsort()
+        self.last[layer] = (flat[order], rows[order.to(self.device)])
+        self.hits, self.asked = self.hits + len(again), self.asked + len(flat)
+        return rows.view(values.dtype).reshape(Hq, 1, k, -1)
