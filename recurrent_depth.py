@@ -60,17 +60,20 @@ from common.cli import BadInput, opt
 from common.text import Tokenizer, corpus
 from common.weights import _package, open_weights, rope_frequencies
 
-EXIT_NAMES = ("kl", "latent-diff", "entropy-diff", "argmax")
+MODES = "demo", "train", "eval", "generate", "retrofit", "inspect", "bench"
+EXIT_NAMES = "kl", "latent-diff", "entropy-diff", "argmax"
+
+
+def refuse(wrong, message: str) -> None:
+    """BadInput(message), which is a ValueError, if something is wrong."""
+    if wrong:
+        raise BadInput(message)
 
 
 @dataclass
 class Config:
-    mode: str = opt(
-        "demo", "what to do", ("demo", "train", "eval", "generate", "retrofit", "inspect", "bench"), positional=True
-    )
-    preset: str = opt(
-        "laptop", "defaults for a setting; flags win over it", ("laptop", "bytes", "heal", "gpu", "huginn-3.5b")
-    )
+    mode: str = opt("demo", "what to do", MODES, positional=True)
+    preset: str = opt("laptop", "defaults for a setting; flags win", ("laptop", "bytes", "heal", "gpu", "huginn-3.5b"))
     # the task
     task: str = opt("parity", "running parity of random bits, or next-token prediction of text", ("parity", "text"))
     length: int = opt(32, "bits or tokens per row")
@@ -100,7 +103,7 @@ class Config:
     weight_decay: float = opt(0.0, "of matrices")
     clip: float = opt(0.5, "largest gradient norm")
     checkpointing: bool = opt(False, "recompute each iteration in the backward pass")
-    seed: int = opt(0, "of weights, data and initial states")
+    seed: int = opt(0, "of data, weights and initial states")
     device: str = opt("auto", "where to run", ("auto", "cpu", "cuda"))
     dtype: str = opt("float32", "of the matrix products", ("float32", "bfloat16"))
     # files
@@ -109,8 +112,7 @@ class Config:
     save_every: int = opt(100, "steps between checkpoints; 0 writes only the last")
     log_every: int = opt(20, "steps between lines in metrics.jsonl")
     # demo, eval, inspect
-    seeds: tuple = opt((0,), "demo: the runs, all of them shown")
-    judge: int = opt(300, "demo: the step at which a run whose loss is flat over r is stopped")
+    seeds: tuple = opt((0,), "demo: seeds of weights and initial states, all shown; the rows are those of --seed")
     rows: int = opt(256, "fresh rows per measurement")
     num_steps: tuple = opt((1, 2, 3, 4, 6, 8, 12, 16, 32, 64), "depths measured; generate: the last one")
     # generate, retrofit
@@ -126,13 +128,12 @@ class Config:
     temperature: float = opt(0.0, "generate: 0 is greedy")
 
     def __post_init__(self):
-        for name in ("length", "d_model", "n_head", "steps", "batch", "accum", "log_every", "rows", "k"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if len(self.layers) != 3 or len(self.split) != 3:
-            raise BadInput(f"--layers and --split take three numbers, got {self.layers} and {self.split}")
-        if self.r_bar < 1 or min(self.num_steps) < 0 or self.new < 0:
-            raise BadInput(f"--r-bar {self.r_bar} must be >= 1, --num-steps {self.num_steps} and --new {self.new} >= 0")
+        for name in ("length", "d_model", "n_head", "steps", "batch", "accum", "log_every", "rows", "k", "r_bar"):
+            value = getattr(self, name)
+            refuse(value < 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        three = len(self.layers) == len(self.split) == 3
+        refuse(not three, f"--layers and --split take three numbers, got {self.layers} and {self.split}")
+        refuse(min((*self.num_steps, self.new)) < 0, f"--num-steps {self.num_steps} and --new {self.new} must be >= 0")
 
 
 TEXT = {"task": "text", "recency": 0.0, "settle": 0.0}
@@ -161,7 +162,7 @@ PRESETS = {
 }  # fmt: skip
 
 
-# ---- the method: how deep
+# ---- the method: depth is a dial
 #
 # e    the embedded tokens, after the prelude      P, R, C  prelude, core, coda: l_P, l_R, l_C layers
 # s_i  the state after i iterations; s_0 is noise  r        iterations;  r_bar  their mean in training
@@ -170,14 +171,191 @@ PRESETS = {
 #     e = P(x),    s_i = R(e, s_{i-1}) for i = 1..r,    p = C(s_r)
 
 
+class Output(NamedTuple):
+    """What a forward pass gives."""
+
+    logits: Tensor  # (B, T, V), at least float32
+    loss: Tensor | None  # 0-d, with labels
+    state: Tensor  # s_r (B, T, C), before the final norm
+    steps: int | Tensor  # iterations run; with an exit rule (B,), on the CPU
+    before: Tensor  # s_{r-1}
+
+
+class RecurrentDepthLM(nn.Module):
+    """A language model whose depth l_P + r l_R + l_C is chosen at each call. Parameter names are the release's."""
+
+    def __init__(self, cfg: "RecurrentConfig", seed: int = 0):
+        super().__init__()
+        self.cfg, self.checkpointing, C = cfg, False, cfg.n_embd
+        blocks = lambda n: nn.ModuleList(Block(cfg) for _ in range(n))
+        self.transformer = nn.ModuleDict({
+            "wte": nn.Embedding(cfg.vocab_size, C),
+            "prelude": blocks(cfg.n_layers_in_prelude),
+            "adapter": nn.Linear(2 * C, C, bias=False),
+            "core_block": blocks(cfg.n_layers_in_recurrent_block),
+            "coda": blocks(cfg.n_layers_in_coda),
+            "ln_f": RMSNorm(C, cfg.norm_eps),
+        })  # fmt: skip
+        if not cfg.tie_embeddings:
+            self.lm_head = nn.Linear(C, cfg.n_out or cfg.vocab_size, bias=False)
+        self.register_buffer("freq", cfg.frequencies(), persistent=False)  # (D/2,) float32
+        # "takase": truncated normal, what adds to the residual smaller by sqrt(2L)
+        g, std = cluster.generator(seed, 0), math.sqrt(2 / (5 * C))
+        for name, p in self.named_parameters():
+            if p.ndim == 2 and not p.is_meta:
+                s = std / math.sqrt(2 * cfg.depth) if name.endswith("proj.weight") else std
+                nn.init.trunc_normal_(p, std=s, a=-3 * s, b=3 * s, generator=g)
+
+    def embed(self, ids: Tensor, at: "Place | None" = None) -> Tensor:
+        """e of ids (B, T): prelude of the scaled embedding, (B, T, C)."""
+        at = at or self.place(ids.shape[1])
+        e = self.transformer.wte(ids)  # (B, T, C)
+        e = e * math.sqrt(self.cfg.n_embd) if self.cfg.sandwich else e
+        for j, block in enumerate(self.transformer.prelude):
+            e = block(e, at, j)
+        return e
+
+    def iterate(self, s: Tensor, e: Tensor, at: "Place | None" = None, i: int = 0) -> Tensor:
+        """s_{i+1} = R(e, s_i), (B, T, C). The iteration's number only chooses the cache entry: weights are shared."""
+        at = at or self.place(e.shape[1])
+        slot = at.cache.slot(i) if at.cache else 0
+        x = self.transformer.adapter(torch.cat([s, e], dim=-1))  # (B, T, 2C) -> (B, T, C)
+        for j, block in enumerate(self.transformer.core_block):
+            x = block(x, at, slot + j)
+        return x
+
+    def between(self, s: Tensor) -> Tensor:
+        """What the coda receives, and a warm start carries on: ln_f(s); s itself in a retrofitted model."""
+        return self.transformer.ln_f(s) if self.cfg.sandwich else s
+
+    def decode(self, s: Tensor, at: "Place | None" = None) -> Tensor:
+        """Logits of the state s (B, T, C): coda, final norm, head -> (B, T, V)."""
+        at, x = at or self.place(s.shape[1]), self.between(s)
+        for j, block in enumerate(self.transformer.coda):
+            x = block(x, at, self.cfg.n_layers_in_prelude + j)
+        head = self.transformer.wte if self.cfg.tie_embeddings else self.lm_head
+        logits = F.linear(self.transformer.ln_f(x), head.weight)  # ln_f again
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def init_state(self, e: Tensor, scale: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+        """s_0, shape of e: truncated normal at 3 std, std sqrt(2/5) (without the factor sqrt(C) when retrofitted).
+
+        `scale` 0 is the zero state. Drawn on the CPU, so that equal generators give equal states everywhere.
+        """
+        std = math.sqrt(0.4 / (1 if self.cfg.sandwich else self.cfg.n_embd))
+        s = torch.empty(e.shape, dtype=torch.float32)
+        nn.init.trunc_normal_(s, std=std, a=-3 * std, b=3 * std, generator=generator)
+        return s.mul_(scale * self.cfg.init_scale).to(e)
+
+    def forward(
+        self, ids: Tensor, num_steps=None, s0: Tensor | None = None, labels: Tensor | None = None,
+        cache: "RecurrentCache | None" = None, positions: Tensor | None = None, exit: "ExitRule | None" = None,
+    ) -> Output:  # fmt: skip
+        """Logits of ids (B, T) after `num_steps` iterations from s0 (B, T, C), or from fresh noise.
+
+        num_steps  r, all of them with gradient; or (n, k), the first n without; None: the mean recurrence, its last
+                   mean_backprop_depth with gradient. 0 decodes the initial state.
+        labels     (B, T), aligned with the logits (the caller shifts); -100 is ignored.
+        cache      holds the tokens before these; ids, s0 and positions (T,) are then of the new tokens only.
+        exit       stops each row's iterations when the rule says so.
+        ValueError: ids, num_steps, s0, labels or the cache do not fit (the message says how).
+        """
+        if cache is not None and torch.is_grad_enabled():
+            refuse(labels is not None, "a cached pass has no gradient: leave out labels or cache, or use no_grad()")
+            with torch.no_grad():
+                return self.forward(ids, num_steps, s0, None, cache, positions, exit)
+        n, k = self._steps(num_steps, labels)
+        self.check(ids, s0, labels, cache, positions)
+        if cache is not None:
+            cache.reserve(self, *ids.shape, n + k)
+        at = self.place(ids.shape[1], cache, positions)
+        e = self.embed(ids, at)
+        s, before, steps, logits = self.refine(self.init_state(e) if s0 is None else s0.to(e), e, n, k, at, exit)
+        logits = self.decode(s, at) if logits is None else logits
+        if cache is not None:
+            cache.seal(steps, ids.shape[1])
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+        return Output(logits, loss, s, steps, before)
+
+    def refine(self, s: Tensor, e: Tensor, n: int, k: int, at: "Place", exit: "ExitRule | None" = None):
+        """n iterations without and k with gradient -> (s_r, s_{r-1}, iterations, logits if the exit rule made them)."""
+        before, steps, logits, grad = s, n + k, None, torch.is_grad_enabled()
+        if exit is not None:
+            exit.start(s)
+            active, steps = torch.ones(len(s), dtype=torch.bool, device=s.device), torch.full((len(s),), n + k)
+        for i in range(n + k):
+            before, logits = s, None
+            with torch.set_grad_enabled(grad and i >= n):
+                if self.checkpointing and grad and i >= n:  # one checkpoint per iteration: memory does not grow with r
+                    s = checkpoint(self.iterate, s, e, at, i, use_reentrant=False)
+                else:
+                    s = self.iterate(s, e, at, i)
+            if exit is None:
+                continue
+            s = torch.where(active[:, None, None], s, before)  # rows that left keep their state
+            if exit.due(i + 1):
+                logits = self.decode(s, at) if exit.reads_logits else None
+                left = exit.fires(i + 1, s, logits) & active
+                steps[left.cpu()] = i + 1
+                active = active & ~left
+                if not active.any():
+                    break
+                if at.cache is not None and not active.all():
+                    at.cache.rows = active
+        if at.cache is not None:
+            at.cache.rows = None
+        return s, before, steps, logits
+
+    def place(self, T: int, cache: "RecurrentCache | None" = None, positions: Tensor | None = None) -> "Place":
+        """Tables for T tokens that follow those of the cache, or stand at `positions` (T,)."""
+        past, device = cache.length if cache else 0, self.freq.device
+        t = torch.arange(past, past + T, device=device) if positions is None else positions
+        dtype = torch.float64 if self.transformer.wte.weight.dtype == torch.float64 else torch.float32
+        angle = torch.outer(t.float(), self.freq)[:, None]  # (T, 1, D/2)
+        mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past) if past and T > 1 else None
+        return Place(angle.cos().to(dtype), angle.sin().to(dtype), mask, cache)
+
+    def _steps(self, num_steps, labels) -> tuple[int, int]:
+        whole = lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 0
+        if num_steps is None:
+            r, k = self.cfg.mean_recurrence, self.cfg.mean_backprop_depth
+            return max(r - k, 0), min(r, k)
+        if whole(num_steps):
+            return 0, num_steps
+        pair = isinstance(num_steps, (tuple, list)) and len(num_steps) == 2 and all(map(whole, num_steps))
+        refuse(not pair, f"num_steps must be an int >= 0 or a pair (no_grad, grad), got {num_steps!r}")
+        learns = labels is not None and torch.is_grad_enabled()
+        refuse(learns and num_steps[1] == 0, f"at least one iteration must carry gradient, got num_steps {num_steps}")
+        return tuple(num_steps)
+
+    def check(self, ids, s0=None, labels=None, cache=None, positions=None) -> None:
+        """ValueError: one of the arguments of forward does not fit."""
+        c, shape, past = self.cfg, tuple(ids.shape), cache.length if cache else 0
+        whole = ids.dtype in (torch.int64, torch.int32)
+        refuse(not whole or len(shape) != 2, f"ids must be int64 (B, T), got {ids.dtype} {shape}")
+        refuse(ids.numel() == 0, f"ids are empty: {shape}. Give at least one token, such as a start token.")
+        low, high = ids.min(), ids.max()
+        if ids.is_cuda:  # without a host synchronisation
+            torch._assert_async((low >= 0) & (high < c.vocab_size), f"an id is outside [0, {c.vocab_size})")
+        elif low < 0 or high >= c.vocab_size:
+            raise BadInput(f"id {int(low if low < 0 else high)} is outside the vocabulary [0, {c.vocab_size})")
+        T, room = shape[1], c.block_size
+        refuse(past + T > room, f"{past} cached + {T} new tokens exceed block_size {room}")
+        if s0 is not None and (s0.shape != (*shape, c.n_embd) or not s0.is_floating_point()):
+            raise BadInput(f"s0 must be floating point of shape {(*shape, c.n_embd)}, got {s0.dtype} {tuple(s0.shape)}")
+        if labels is not None and labels.shape != shape:
+            raise BadInput(f"labels {tuple(labels.shape)} do not match ids {shape}")
+        if positions is not None and positions.shape != shape[1:]:
+            raise BadInput(f"positions must have shape {shape[1:]}, got {tuple(positions.shape)}")
+
+
 def sample_steps(step: int, mean: float, k: int, sigma: float = 0.5) -> tuple[int, int]:
     """(n, k) of micro-step `step`: iterations without and with gradient; log-normal Poisson, mean + 1 on average.
 
     The seed holds the step and no rank: all ranks and rows share one depth, and a resumed run draws it again.
     ValueError: mean < 1 or k < 1. Seed and order of the draws: the released code.
     """
-    if not mean >= 1 or k < 1:
-        raise BadInput(f"the mean recurrence must be >= 1 and k >= 1, got mean {mean} and k {k}")
+    refuse(not mean >= 1 or k < 1, f"the mean recurrence must be >= 1 and k >= 1, got mean {mean} and k {k}")
     g = torch.Generator().manual_seed((514229 + step) % (2**31 - 1))
     rate = torch.zeros(1).log_normal_(math.log(mean) - sigma**2 / 2, sigma, generator=g)  # e^tau, mean r_bar
     p = int(torch.poisson(rate, generator=g)) + 1
@@ -186,13 +364,12 @@ def sample_steps(step: int, mean: float, k: int, sigma: float = 0.5) -> tuple[in
 
 def mean_schedule(step: int, total: int, r_max: int, frac: float, shape: str = "linear") -> int:
     """r_bar at `step`: from 1 to r_max over the first `frac` of `total` steps (arXiv:2511.07384)."""
-    if shape not in ("linear", "1-sqrt"):
-        raise BadInput(f"unknown shape {shape!r}; choose linear or 1-sqrt")
+    refuse(shape not in ("linear", "1-sqrt"), f"unknown shape {shape!r}; choose linear or 1-sqrt")
     progress = min(1.0, step / max(1.0, frac * total))
     return max(1, math.ceil(r_max * (progress if shape == "linear" else 1 - math.sqrt(1 - progress))))
 
 
-# ---- the model
+# ---- the model: sizes and blocks
 
 
 @dataclass
@@ -221,28 +398,19 @@ class RecurrentConfig:
     rope_scaling: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        H = self.num_attention_heads
-        self.num_key_value_heads = self.num_key_value_heads or H
-        if self.injection_type != "linear":
-            raise BadInput(f"injection_type {self.injection_type!r} is unsupported, only 'linear' (concat adapter)")
-        if self.block_class_name not in ("SandwichBlock", "LlamaBlock"):
-            raise BadInput(
-                f"block_class_name {self.block_class_name!r} is unsupported, only 'SandwichBlock' and 'LlamaBlock'"
-            )
-        if not self.head_dim and self.n_embd % H:
-            raise BadInput(f"n_embd {self.n_embd} is not a multiple of num_attention_heads {H}")
-        self.head_dim = self.head_dim or self.n_embd // H
-        if self.head_dim % 2:
-            raise BadInput(f"the head size {self.head_dim} is odd; rotary pairs need an even one")
-        if H % self.num_key_value_heads or (self.sandwich and H != self.num_key_value_heads):
-            raise BadInput(f"{H} query heads cannot share {self.num_key_value_heads} key/value heads here")
-        if self.n_layers_in_recurrent_block < 1:
-            raise BadInput(f"the core has {self.n_layers_in_recurrent_block} layers, it needs at least 1")
-        if self.mean_recurrence < 1 or self.mean_backprop_depth < 1:
-            raise BadInput(f"mean_recurrence and mean_backprop_depth must be >= 1: {self.mean_recurrence}, "
-                             f"{self.mean_backprop_depth}")  # fmt: skip
-        if self.n_out and self.tie_embeddings:
-            raise BadInput(f"n_out {self.n_out} needs tie_embeddings=False")
+        C, H, kind, injection = self.n_embd, self.num_attention_heads, self.block_class_name, self.injection_type
+        refuse(injection != "linear", f"injection_type {injection!r} is unsupported, only 'linear' (concat adapter)")
+        known = kind in ("SandwichBlock", "LlamaBlock")
+        refuse(not known, f"block_class_name {kind!r} is unsupported, only 'SandwichBlock' and 'LlamaBlock'")
+        refuse(not self.head_dim and C % H, f"n_embd {C} is not a multiple of num_attention_heads {H}")
+        self.head_dim = self.head_dim or C // H
+        refuse(self.head_dim % 2, f"the head size {self.head_dim} is odd; rotary pairs need an even one")
+        Hk = self.num_key_value_heads = self.num_key_value_heads or H
+        refuse(H % Hk or (self.sandwich and H != Hk), f"{H} query heads cannot share {Hk} key/value heads here")
+        core, r_bar, k = self.n_layers_in_recurrent_block, self.mean_recurrence, self.mean_backprop_depth
+        refuse(core < 1, f"the core has {core} layers, it needs at least 1")
+        refuse(min(r_bar, k) < 1, f"mean_recurrence and mean_backprop_depth must be >= 1: {r_bar}, {k}")
+        refuse(self.n_out and self.tie_embeddings, f"n_out {self.n_out} needs tie_embeddings=False")
 
     @property
     def sandwich(self) -> bool:
@@ -255,26 +423,25 @@ class RecurrentConfig:
         core = self.n_layers_in_recurrent_block * self.mean_recurrence
         return self.n_layers_in_prelude + core + self.n_layers_in_coda
 
-    @classmethod
-    def from_dict(cls, given: dict) -> "RecurrentConfig":
-        """From the keys of a config.json; keys that we do not know are left out."""
-        known = {f.name for f in fields(cls)}
-        given = given | {"num_attention_heads": given.get("num_attention_heads", given.get("n_heads", 1))}
-        return cls(**{k: v for k, v in given.items() if k in known})
+    def frequencies(self) -> Tensor:
+        """Angle per position of each rotary pair, (D/2,) float32."""
+        rope = {"head_dim": self.head_dim, "rope_theta": self.rope_base, "rope_scaling": self.rope_scaling}
+        return rope_frequencies(rope)
 
     @classmethod
     def from_json(cls, path: str | Path) -> "RecurrentConfig":
-        """From a config.json. FileNotFoundError: there is none; BadInput: it is not JSON."""
+        """From a config.json; keys that we do not know are left out. FileNotFoundError: there is none; BadInput."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
+            given = json.loads(Path(path).read_text())
         except json.JSONDecodeError as e:
             raise BadInput(f"{path} is not JSON: {e}") from e
+        given.setdefault("num_attention_heads", given.get("n_heads", 1))
+        return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
 
     @classmethod
     def preset(cls, name: str, **changes) -> "RecurrentConfig":
         """tiny (bytes on a laptop), small (the paper's 150 M research shape), huginn-3.5b (the released model)."""
-        if name not in SHAPES:
-            raise BadInput(f"unknown preset {name!r}; choose {', '.join(SHAPES)}")
+        refuse(name not in SHAPES, f"unknown preset {name!r}; choose {', '.join(SHAPES)}")
         return cls(**SHAPES[name] | changes)
 
 
@@ -316,16 +483,11 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight
 
 
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of interleaved pairs (x0, x1), (x2, x3)...: x (B, T, H, D), cos and sin (T, 1, D/2)."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, D/2)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)  # (B, T, H, D)
-
-
-def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same for Llama's layout, where pair j is (x_j, x_{j + D/2})."""
-    a, b = x.chunk(2, dim=-1)  # (B, T, H, D/2)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)  # (B, T, H, D)
+def rotate(x: Tensor, at: Place, pairs: bool) -> Tensor:
+    """Rotary embedding of x (B, T, H, D): of pairs (x0, x1), (x2, x3)..., or of Llama's, (x_j, x_{j + D/2})."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if pairs else x.chunk(2, dim=-1)  # (B, T, H, D/2)
+    turned = a * at.cos - b * at.sin, b * at.cos + a * at.sin
+    return torch.stack(turned, dim=-1).flatten(-2) if pairs else torch.cat(turned, dim=-1)  # (B, T, H, D)
 
 
 class Attention(nn.Module):
@@ -344,16 +506,12 @@ class Attention(nn.Module):
         qk, v = y.split([self.H + self.Hk, self.Hk], dim=2)  # (B, T, H + Hk, D), (B, T, Hk, D)
         if self.qk_bias is not None:
             qk = qk + rearrange(self.qk_bias, "two 1 h d -> (two h) d")  # before the rotation
-        wide = qk if qk.dtype == torch.float64 else qk.float()
-        turn = rotate_pairs if self.qk_bias is not None else rotate_halves
-        qk = turn(wide, at.cos, at.sin).to(v.dtype)
+        qk = rotate(qk.to(at.cos.dtype), at, pairs=self.qk_bias is not None).to(v.dtype)
         q, k = qk.transpose(1, 2).split([self.H, self.Hk], dim=1)  # (B, H, T, D), (B, Hk, T, D)
-        v, T = v.transpose(1, 2), x.shape[1]  # (B, Hk, T, D)
+        v, causal = v.transpose(1, 2), at.mask is None and x.shape[1] > 1  # (B, Hk, T, D)
         if at.cache is not None:
             k, v = at.cache.write(slot, k, v)  # (B, Hk, S, D)
-        y = F.scaled_dot_product_attention(
-            q, k, v, at.mask, is_causal=at.mask is None and T > 1, enable_gqa=self.H != self.Hk
-        )
+        y = F.scaled_dot_product_attention(q, k, v, at.mask, is_causal=causal, enable_gqa=self.H != self.Hk)
         return self.proj(rearrange(y, "b h t d -> b t (h d)"))
 
 
@@ -389,205 +547,6 @@ class Block(nn.Module):
         return self.norm_4(x + self.mlp(self.norm_3(x)))
 
 
-class Output(NamedTuple):
-    """What a forward pass gives."""
-
-    logits: Tensor  # (B, T, V), at least float32
-    loss: Tensor | None  # 0-d, with labels
-    state: Tensor  # s_r (B, T, C), before the final norm
-    steps: int | Tensor  # iterations run; with an exit rule (B,), on the CPU
-    before: Tensor  # s_{r-1}
-
-
-class RecurrentDepthLM(nn.Module):
-    """A language model whose depth l_P + r l_R + l_C is chosen at each call. Parameter names are the release's."""
-
-    def __init__(self, cfg: RecurrentConfig, seed: int = 0):
-        super().__init__()
-        self.cfg, self.checkpointing = cfg, False
-        blocks = lambda n: nn.ModuleList(Block(cfg) for _ in range(n))
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(cfg.vocab_size, cfg.n_embd),
-            "prelude": blocks(cfg.n_layers_in_prelude),
-            "adapter": nn.Linear(2 * cfg.n_embd, cfg.n_embd, bias=False),
-            "core_block": blocks(cfg.n_layers_in_recurrent_block),
-            "coda": blocks(cfg.n_layers_in_coda),
-            "ln_f": RMSNorm(cfg.n_embd, cfg.norm_eps),
-        })  # fmt: skip
-        if not cfg.tie_embeddings:
-            self.lm_head = nn.Linear(cfg.n_embd, cfg.n_out or cfg.vocab_size, bias=False)
-        self.register_buffer("freq", self.frequencies(cfg), persistent=False)  # (D/2,) float32
-        if not self.transformer.wte.weight.is_meta:
-            self._initialise(cluster.generator(seed, 0))
-
-    @staticmethod
-    def frequencies(cfg: RecurrentConfig) -> Tensor:
-        """Angle per position of each rotary pair, (D/2,) float32."""
-        rope = {"head_dim": cfg.head_dim, "rope_theta": cfg.rope_base, "rope_scaling": cfg.rope_scaling or None}
-        return rope_frequencies(rope)
-
-    def _initialise(self, g: torch.Generator) -> None:
-        """ "takase": truncated normal of std sqrt(2 / 5C), what adds to the residual smaller by sqrt(2L)."""
-        std = math.sqrt(2 / (5 * self.cfg.n_embd))
-        for name, p in self.named_parameters():
-            if p.ndim == 2:
-                s = std / math.sqrt(2 * self.cfg.depth) if name.endswith("proj.weight") else std
-                nn.init.trunc_normal_(p, std=s, a=-3 * s, b=3 * s, generator=g)
-
-    # the three parts; a caller may run them one by one
-
-    def embed(self, ids: Tensor, at: Place | None = None) -> Tensor:
-        """e of ids (B, T): prelude of the scaled embedding, (B, T, C)."""
-        at = at or self.place(ids.shape[1])
-        e = self.transformer.wte(ids)  # (B, T, C)
-        e = e * math.sqrt(self.cfg.n_embd) if self.cfg.sandwich else e
-        for j, block in enumerate(self.transformer.prelude):
-            e = block(e, at, j)
-        return e
-
-    def iterate(self, s: Tensor, e: Tensor, at: Place | None = None, i: int = 0) -> Tensor:
-        """s_{i+1} = R(e, s_i), (B, T, C). The iteration's number only chooses the cache entry: weights are shared."""
-        at = at or self.place(e.shape[1])
-        slot = at.cache.slot(i) if at.cache else 0
-        x = self.transformer.adapter(torch.cat([s, e], dim=-1))  # (B, T, 2C) -> (B, T, C)
-        for j, block in enumerate(self.transformer.core_block):
-            x = block(x, at, slot + j)
-        return x
-
-    def between(self, s: Tensor) -> Tensor:
-        """What the coda receives, and a warm start carries on: ln_f(s); s itself in a retrofitted model."""
-        return self.transformer.ln_f(s) if self.cfg.sandwich else s
-
-    def decode(self, s: Tensor, at: Place | None = None) -> Tensor:
-        """Logits of the state s (B, T, C): coda, final norm, head -> (B, T, V)."""
-        at, x = at or self.place(s.shape[1]), self.between(s)
-        for j, block in enumerate(self.transformer.coda):
-            x = block(x, at, self.cfg.n_layers_in_prelude + j)
-        head = self.transformer.wte if self.cfg.tie_embeddings else self.lm_head
-        logits = F.linear(self.transformer.ln_f(x), head.weight)  # ln_f again
-        return logits if logits.dtype == torch.float64 else logits.float()
-
-    def init_state(self, e: Tensor, scale: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-        """s_0, shape of e: truncated normal at 3 std, std sqrt(2/5) (without the factor sqrt(C) when retrofitted).
-
-        `scale` 0 is the zero state. Drawn on the CPU, so that equal generators give equal states everywhere.
-        """
-        std = math.sqrt(0.4 / (1 if self.cfg.sandwich else self.cfg.n_embd))
-        s = torch.empty(e.shape, dtype=torch.float32)
-        nn.init.trunc_normal_(s, std=std, a=-3 * std, b=3 * std, generator=generator)
-        return s.mul_(scale * self.cfg.init_scale).to(e)
-
-    def place(self, T: int, cache: "RecurrentCache | None" = None, positions: Tensor | None = None) -> Place:
-        """Tables for T tokens that follow those of the cache, or stand at `positions` (T,)."""
-        past = cache.length if cache else 0
-        t = torch.arange(past, past + T, device=self.freq.device) if positions is None else positions
-        dtype = torch.float64 if self.transformer.wte.weight.dtype == torch.float64 else torch.float32
-        angle = torch.outer(t.float(), self.freq)[:, None]  # (T, 1, D/2)
-        mask = torch.ones(T, past + T, dtype=torch.bool, device=angle.device).tril(past) if past and T > 1 else None
-        return Place(angle.cos().to(dtype), angle.sin().to(dtype), mask, cache)
-
-    def forward(
-        self, ids: Tensor, num_steps=None, s0: Tensor | None = None, labels: Tensor | None = None,
-        cache: "RecurrentCache | None" = None, positions: Tensor | None = None, exit: "ExitRule | None" = None,
-    ) -> Output:  # fmt: skip
-        """Logits of ids (B, T) after `num_steps` iterations from s0 (B, T, C), or from fresh noise.
-
-        num_steps  r, all of them with gradient; or (n, k), the first n without; None: the mean recurrence, its last
-                   mean_backprop_depth with gradient. 0 decodes the initial state.
-        labels     (B, T), aligned with the logits (the caller shifts); -100 is ignored.
-        cache      holds the tokens before these; ids, s0 and positions (T,) are then of the new tokens only.
-        exit       stops each row's iterations when the rule says so.
-        ValueError: ids, num_steps, s0, labels or the cache do not fit (the message says how).
-        """
-        if cache is not None and torch.is_grad_enabled():
-            if labels is not None:
-                raise BadInput(
-                    "a cached pass carries no gradient: leave out labels or the cache, or use torch.no_grad()"
-                )
-            with torch.no_grad():
-                return self.forward(ids, num_steps, s0, None, cache, positions, exit)
-        n, k = self._steps(num_steps, labels)
-        self._check(ids, s0, labels, cache, positions)
-        B, T = ids.shape
-        if cache is not None:
-            cache.reserve(self, B, T, n + k)
-        at = self.place(T, cache, positions)
-        e = self.embed(ids, at)
-        s = self.init_state(e) if s0 is None else s0.to(e)
-        s, before, steps, logits = self.refine(s, e, n, k, at, exit)
-        if logits is None:
-            logits = self.decode(s, at)
-        if cache is not None:
-            cache.seal(steps, T)
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-        return Output(logits, loss, s, steps, before)
-
-    def refine(self, s: Tensor, e: Tensor, n: int, k: int, at: Place, exit: "ExitRule | None" = None):
-        """n iterations without and k with gradient -> (s_r, s_{r-1}, iterations, logits if the exit rule made them)."""
-        B, grad, before, logits = len(e), torch.is_grad_enabled(), s, None
-        if exit is not None:
-            exit.start(s)
-            active, steps = torch.ones(B, dtype=torch.bool), torch.full((B,), n + k)
-        for i in range(n + k):
-            before = s
-            with torch.set_grad_enabled(grad and i >= n):
-                if self.checkpointing and grad and i >= n:  # one checkpoint per iteration: memory does not grow with r
-                    s = checkpoint(self.iterate, s, e, at, i, use_reentrant=False)
-                else:
-                    s = self.iterate(s, e, at, i)
-            if exit is None:
-                continue
-            if not active.all():
-                s = torch.where(active.to(s.device)[:, None, None], s, before)  # rows that left keep their state
-            logits = None
-            if exit.due(i + 1):
-                logits = self.decode(s, at) if exit.reads_logits else None
-                left = exit.fires(i + 1, s, logits).cpu() & active
-                steps[left] = i + 1
-                active &= ~left
-                if not active.any():
-                    break
-                if at.cache is not None:
-                    at.cache.rows = active.to(s.device) if not active.all() else None
-        if at.cache is not None:
-            at.cache.rows = None
-        return s, before, n + k if exit is None else steps, logits
-
-    def _steps(self, num_steps, labels) -> tuple[int, int]:
-        whole = lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= 0
-        if num_steps is None:
-            r = self.cfg.mean_recurrence
-            return max(r - self.cfg.mean_backprop_depth, 0), min(r, self.cfg.mean_backprop_depth)
-        if whole(num_steps):
-            return 0, num_steps
-        if not isinstance(num_steps, (tuple, list)) or len(num_steps) != 2 or not all(map(whole, num_steps)):
-            raise BadInput(f"num_steps must be an int >= 0 or a pair (no_grad, grad), got {num_steps!r}")
-        if num_steps[1] == 0 and labels is not None and torch.is_grad_enabled():
-            raise BadInput(f"at least one iteration must carry gradient, got num_steps={tuple(num_steps)} with labels")
-        return tuple(num_steps)
-
-    def _check(self, ids, s0=None, labels=None, cache=None, positions=None) -> None:
-        c, past = self.cfg, cache.length if cache else 0
-        if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2:
-            raise BadInput(f"ids must be int64 (B, T), got {ids.dtype} {tuple(ids.shape)}")
-        if ids.numel() == 0:
-            raise BadInput(f"ids are empty: {tuple(ids.shape)}. Give at least one token, such as a start token.")
-        if ids.is_cuda:  # without a host synchronisation
-            torch._assert_async(((ids >= 0) & (ids < c.vocab_size)).all(), f"an id is outside [0, {c.vocab_size})")
-        elif ids.min() < 0 or ids.max() >= c.vocab_size:
-            bad = int(ids.min()) if ids.min() < 0 else int(ids.max())
-            raise BadInput(f"id {bad} is outside the vocabulary [0, {c.vocab_size})")
-        if past + ids.shape[1] > c.block_size:
-            raise BadInput(f"{past} cached + {ids.shape[1]} new tokens exceed block_size {c.block_size}")
-        want = (*ids.shape, c.n_embd)
-        if s0 is not None and (tuple(s0.shape) != want or not s0.is_floating_point()):
-            raise BadInput(f"s0 must be floating point of shape {want}, got {s0.dtype} {tuple(s0.shape)}")
-        if labels is not None and labels.shape != ids.shape:
-            raise BadInput(f"labels {tuple(labels.shape)} do not match ids {tuple(ids.shape)}")
-        if positions is not None and tuple(positions.shape) != (ids.shape[1],):
-            raise BadInput(f"positions must have shape ({ids.shape[1]},), got {tuple(positions.shape)}")
-
-
 # ---- the method at inference: one cache for all iterations
 
 
@@ -604,55 +563,43 @@ class RecurrentCache:
     """
 
     def __init__(self, budget: int | str | None = None, lookup: str = "exact", capacity: int = 0):
-        if lookup not in ("exact", "latest"):
-            raise BadInput(f"unknown lookup {lookup!r}; choose exact or latest")
+        refuse(lookup not in ("exact", "latest"), f"unknown lookup {lookup!r}; choose exact or latest")
         named = isinstance(budget, str) and budget.startswith("compress-s") and budget[10:].isdigit()
-        if budget is not None and not named and (isinstance(budget, (bool, str, float)) or budget < 1):
-            raise BadInput(f"budget counts whole iterations, at least 1, got {budget!r}")
+        whole = budget is None or (type(budget) is int and budget >= 1)
+        refuse(not named and not whole, f"budget counts whole iterations, at least 1, got {budget!r}")
         self.budget, self.lookup, self.capacity = budget, lookup, capacity
         self.length, self.model, self.store, self.rows = 0, None, None, None
 
     def reserve(self, model: RecurrentDepthLM, B: int, T: int, steps: int) -> None:
         """Room for T more tokens of B rows that run `steps` iterations."""
-        c = model.cfg
+        c, w, n = model.cfg, model.transformer.wte.weight, self.length
         if self.model is None:
+            self.first, l_R, self.held = c.n_layers_in_prelude + c.n_layers_in_coda, c.n_layers_in_recurrent_block, 0
             if isinstance(self.budget, str):
-                layers = int(self.budget[10:])
-                if layers < 1 or layers % c.n_layers_in_recurrent_block:
-                    raise BadInput(
-                        f"budget counts whole iterations: {self.budget} is not a multiple of "
-                        f"{c.n_layers_in_recurrent_block} core layers"
-                    )
-                self.budget = layers // c.n_layers_in_recurrent_block
-            self.model, self.l_R = model, c.n_layers_in_recurrent_block
-            self.first, self.held = c.n_layers_in_prelude + c.n_layers_in_coda, 0
-            w = model.transformer.wte.weight
+                layers, name = int(self.budget[10:]), self.budget
+                bad = layers < 1 or layers % l_R
+                refuse(bad, f"budget counts whole iterations: {name} is not a multiple of {l_R} core layers")
+                self.budget = layers // l_R
+            self.model, self.l_R = model, l_R
             self.store = w.new_empty(2, self.first, B, c.num_key_value_heads, 0, c.head_dim)
             self.depth = torch.zeros(B, 0, dtype=torch.long)  # iterations that each token has run
-        if self.model is not model:
-            raise BadInput("this cache belongs to a different model. Start a new RecurrentCache.")
-        if self.store.shape[2] != B:
-            raise BadInput(
-                f"this cache holds {self.store.shape[2]} rows, the call has {B}. Start a new RecurrentCache."
-            )
-        held = max(self.held, steps if self.budget is None else min(steps, self.budget))
-        shallow = int(self.depth[:, : self.length].min()) if self.length else steps
-        if steps and shallow < (min(steps, self.budget or steps) if self.lookup == "exact" else 1):
-            raise BadInput(
-                f"a cached token has run {shallow} iterations and this call runs {steps}: lookup='exact' finds no "
-                f"keys. Use RecurrentCache(lookup='latest'), and at least 1 iteration."
-            )
-        S = self.store.shape[4]
-        if self.length + T > S:
-            S = min(max(2 * S, self.length + T, self.capacity), c.block_size)
-        if S > self.store.shape[4] or held > self.held:
-            old, n = self.store, self.length
-            self.store = old.new_empty(2, self.first + held * self.l_R, B, *old.shape[3:4], S, old.shape[5])
-            self.store[:, : old.shape[1], :, :, :n] = old[..., :n, :]
+        refuse(self.model is not model, "this cache belongs to a different model. Start a new RecurrentCache.")
+        _, slots, rows, Hk, S, D = self.store.shape
+        refuse(rows != B, f"this cache holds {rows} rows, the call has {B}. Start a new RecurrentCache.")
+        used = min(steps, self.budget or steps)
+        shallow = int(self.depth[:, :n].min()) if n else steps
+        if steps and shallow < (used if self.lookup == "exact" else 1):
+            ran = f"a cached token has run {shallow} iterations and this call runs {steps}"
+            raise BadInput(f"{ran}: no keys for lookup='exact'. Use lookup='latest', and at least 1 iteration.")
+        held, old = max(self.held, used), self.store
+        if n + T > S or held > self.held:
+            S = S if n + T <= S else min(max(2 * S, n + T, self.capacity), c.block_size)
+            self.store = old.new_empty(2, self.first + held * self.l_R, B, Hk, S, D)
+            self.store[:, :slots, :, :, :n] = old[..., :n, :]
             self.depth = F.pad(self.depth[:, :n], (0, S - n))
-            if self.held and held > self.held and n:  # what the tokens before have of deeper iterations: their last
+            if self.held and n:  # what the tokens before have of deeper iterations: their last
                 last = old[:, -self.l_R :, ..., :n, :].repeat(1, held - self.held, 1, 1, 1, 1)
-                self.store[:, old.shape[1] :, :, :, :n] = last
+                self.store[:, slots:, ..., :n, :] = last
             self.held = held
 
     def slot(self, i: int) -> int:
@@ -674,19 +621,17 @@ class RecurrentCache:
         new = slice(self.length, self.length + T)
         steps = torch.as_tensor(steps).expand(self.store.shape[2])  # (B,)
         self.depth[:, new] = steps[:, None]
-        if self.lookup == "latest":
-            core = self.store[:, self.first :].unflatten(1, (-1, self.l_R)) if self.held else None
+        if self.lookup == "latest" and self.held:
+            core = self.store[:, self.first :].unflatten(1, (-1, self.l_R))  # (2, held, l_R, B, Hk, S, D)
             for m in set(steps.tolist()) - {0}:
-                if m < self.held:
-                    rows = (steps == m).nonzero().flatten().to(core.device)
-                    for i in range(m, self.held):
-                        core[:, i, :, rows, :, new] = core[:, m - 1, :, rows, :, new]
+                rows = (steps == m).nonzero().flatten().to(core.device)
+                for i in range(m, self.held):
+                    core[:, i, :, rows, :, new] = core[:, m - 1, :, rows, :, new]
         self.length += T
 
     def truncate(self, n: int) -> None:
         """Forget all but the first n tokens."""
-        if not 0 <= n <= self.length:
-            raise BadInput(f"cannot truncate to {n} tokens, the cache holds {self.length}")
+        refuse(not 0 <= n <= self.length, f"cannot truncate to {n} tokens, the cache holds {self.length}")
         self.length = n
 
     def bytes(self) -> int:
@@ -697,7 +642,12 @@ class RecurrentCache:
 # ---- the method at inference: when to stop
 
 
-def _entropy(logits: Tensor) -> Tensor:
+def change(s: Tensor, before: Tensor) -> Tensor:
+    """|s - before| / |s| at each position: two (B, T, C) -> (B, T)."""
+    return (s - before).norm(dim=-1) / s.norm(dim=-1)
+
+
+def entropy(logits: Tensor) -> Tensor:
     """Of softmax(logits), in nats: (..., V) -> (...)."""
     log_p = logits.float().log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
@@ -714,18 +664,17 @@ class ExitRule:
     ValueError: threshold <= 0 or NaN, min_steps or every < 1, an unknown `over`.
     """
 
-    default, reads_logits, reduce, back = 0.0, True, "last", 1
+    default, reads_logits, over, back = 0.0, True, "last", 1  # back: checks that a value looks back on
 
     def __init__(self, threshold: float | None = None, min_steps=1, every=1, max_entropy=math.inf, over: str = ""):
         name, self.threshold = type(self).__name__, self.default if threshold is None else threshold
-        if not self.threshold > 0:  # NaN is not either
-            raise BadInput(f"{name}: the threshold must be positive, got {threshold}. Its default is {self.default}.")
-        if min_steps < 1 or every < 1 or not max_entropy > 0:
-            raise BadInput(f"{name}: min_steps {min_steps}, every {every}, max_entropy {max_entropy} must be positive")
-        if over not in ("", "last", "mean", "max"):
-            raise BadInput(f"{name}: over {over!r} is not last, mean or max")
-        self.min_steps, self.every, self.max_entropy = min_steps, every, max_entropy
-        self.over, self.reads_logits = over or self.reduce, self.reads_logits or max_entropy < math.inf
+        bad = not self.threshold > 0  # NaN is not either
+        refuse(bad, f"{name}: the threshold must be positive, got {threshold}. Its default is {self.default}.")
+        numbers = f"min_steps {min_steps}, every {every}, max_entropy {max_entropy}"
+        refuse(min_steps < 1 or every < 1 or not max_entropy > 0, f"{name}: {numbers} must be positive")
+        refuse(over not in ("", "last", "mean", "max"), f"{name}: over {over!r} is not last, mean or max")
+        self.min_steps, self.every, self.max_entropy, self.over = min_steps, every, max_entropy, over or self.over
+        self.reads_logits = self.reads_logits or max_entropy < math.inf
         self.start()
 
     def start(self, s: Tensor | None = None) -> None:
@@ -748,7 +697,7 @@ class ExitRule:
         """Positions (B, T) that may stop with state s (B, T, C) and logits (B, T, V)."""
         value = self.values(s, logits)  # (B, T)
         value = value.float().mean(dim=1, keepdim=True).expand_as(value) if self.over == "mean" else value
-        return self.stops(value) & (_entropy(logits) < self.max_entropy if self.max_entropy < math.inf else True)
+        return self.stops(value) & (entropy(logits) < self.max_entropy if self.max_entropy < math.inf else True)
 
     def fires(self, i: int, s: Tensor, logits: Tensor | None) -> Tensor:
         """Rows (B,) that stop at iteration i."""
@@ -771,7 +720,7 @@ class KLExit(ExitRule):
 class LatentDiffExit(ExitRule):
     """|s_i - s_{i-1}| / |s_i| below 0.03, mean over the positions fed in. Needs no coda."""
 
-    default, reads_logits, reduce = 0.03, False, "mean"
+    default, reads_logits, over = 0.03, False, "mean"
 
     def start(self, s=None):
         """s_0 is the first to compare with."""
@@ -779,8 +728,8 @@ class LatentDiffExit(ExitRule):
 
     def values(self, s, logits):
         """(B, T), relative."""
-        before, self.seen = torch.zeros_like(s) if self.seen is None else self.seen, s
-        return (s - before).norm(dim=-1) / s.norm(dim=-1)
+        before, self.seen = self.seen, s
+        return change(s, before)
 
 
 class EntropyDiffExit(ExitRule):
@@ -790,15 +739,16 @@ class EntropyDiffExit(ExitRule):
 
     def values(self, s, logits):
         """(B, T), in nats."""
-        H = _entropy(logits)
-        before, self.seen = torch.full_like(H, 100.0) if self.seen is None else self.seen, H
+        H = entropy(logits)
+        before, self.seen = 100.0 if self.seen is None else self.seen, H
         return (H - before).abs()
 
 
 class ArgmaxStableExit(ExitRule):
     """The likeliest token unchanged for 5 checks in a row."""
 
-    default, back = 5, property(lambda self: self.threshold)
+    default = 5
+    back = property(lambda rule: rule.threshold)
 
     def values(self, s, logits):
         """(B, T), a count."""
@@ -819,19 +769,11 @@ EXITS = dict(zip(EXIT_NAMES, (KLExit, LatentDiffExit, EntropyDiffExit, ArgmaxSta
 # ---- the method at inference: generation
 
 
-def _noise(model: RecurrentDepthLM, base: int, first: int, ids: Tensor, scale: float) -> Tensor:
+def seeded_state(model: RecurrentDepthLM, base: int, first: int, ids: Tensor, scale: float) -> Tensor:
     """s_0 (B, T, C) for ids (B, T), the first at position `first`: a function of `base` and position alone."""
     one = model.transformer.wte.weight.new_empty(1, 1, model.cfg.n_embd)
     draw = [model.init_state(one, scale, cluster.generator(base, first + t)) for t in range(ids.shape[1])]
     return torch.cat(draw, dim=1).expand(len(ids), -1, -1)
-
-
-def _pick(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """Next token (B,) of logits (B, V): the likeliest (ties to the lowest id), or a draw."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p = (logits.double() / temperature).softmax(-1).cpu()
-    return torch.multinomial(p, 1, generator=generator)[:, 0].to(logits.device)
 
 
 @torch.no_grad()
@@ -855,52 +797,51 @@ def generate(
     (drafts kept per check), cache_bytes, serial (iterations one after the other, those of drafts and checks included).
     ValueError: settings that would change what is promised; the message says which.
     """
-    model._check(ids)
-    B, T = ids.shape
-    if max_new_tokens < 0 or T + max_new_tokens > model.cfg.block_size:
-        raise BadInput(f"{T} tokens and {max_new_tokens} new ones exceed block_size {model.cfg.block_size}")
-    if not temperature >= 0:
-        raise BadInput(f"temperature must be >= 0, got {temperature}")
+    model.check(ids)
+    (B, T), room = ids.shape, model.cfg.block_size
+    fits = 0 <= max_new_tokens <= room - T
+    refuse(not fits, f"{T} tokens and {max_new_tokens} new ones exceed block_size {room}")
+    refuse(not temperature >= 0, f"temperature must be >= 0, got {temperature}")
     if draft_steps is not None:
-        if exit or warm_start or temperature or B > 1 or lookahead < 1 or draft_steps < 1:
-            raise BadInput(
-                "draft_steps >= 1 needs greedy decoding of one row with fixed iterations and lookahead >= 1: "
-                "no exit rule, warm_start, temperature or batch"
-            )
-        if cache is not None and (cache.budget is not None or cache.lookup != "exact"):
-            raise BadInput("draft_steps needs a cache with all iterations: a shared one would change the output")
+        refuse(exit or warm_start or temperature or B > 1 or lookahead < 1 or draft_steps < 1,
+               "draft_steps >= 1 needs greedy decoding of one row with fixed iterations and lookahead >= 1: "
+               "no exit rule, warm_start, temperature or batch")  # fmt: skip
+        shared = cache is not None and (cache.budget is not None or cache.lookup != "exact")
+        refuse(shared, "draft_steps needs a cache with all iterations: a shared one would change the output")
     cache = cache or RecurrentCache(lookup="latest" if exit else "exact")
-    if cache.length >= T:
-        raise BadInput(f"the cache holds {cache.length} tokens, ids has {T}: at least the last must be new")
+    refuse(cache.length >= T, f"the cache holds {cache.length} tokens, ids has {T}: at least the last must be new")
     cache.capacity = max(cache.capacity, T + max_new_tokens)
     base = int(torch.randint(2**62, (), generator=generator)) if generator else 0
-    out, ran, accepted, serial = ids, [], [], 0
+    out, y, ran, accepted, serial = ids, None, [], [], 0
 
     def run(new: Tensor, steps: int, s0: Tensor | None = None, rule: ExitRule | None = None) -> Output:
         nonlocal serial
-        s0 = _noise(model, base, cache.length, new, init_scale) if s0 is None else s0
+        s0 = seeded_state(model, base, cache.length, new, init_scale) if s0 is None else s0
         y = model(new, steps, s0=s0, cache=cache, exit=rule)
-        serial += y.steps if isinstance(y.steps, int) else int(y.steps.max())
+        serial += int(torch.as_tensor(y.steps).max())
         return y
 
-    def emit(token: Tensor, steps) -> None:
+    def emit(token: Tensor, steps: int | Tensor) -> None:
         nonlocal out
         out = torch.cat([out, token[:, None]], dim=1)  # (B, T + 1)
-        ran.append(steps if isinstance(steps, int) else steps.tolist())
+        ran.append(torch.as_tensor(steps).expand(B).tolist())
         if stream:
             stream(token)
 
-    if max_new_tokens:
-        y = run(ids[:, cache.length :], num_steps, rule=exit if exit_prompt else None)
-        emit(_pick(y.logits[:, -1], temperature, generator), y.steps)
     while out.shape[1] < T + max_new_tokens:
-        last, left = out[:, -1:], T + max_new_tokens - out.shape[1]
-        if draft_steps is None:
-            y = run(last, num_steps, model.between(y.state[:, -1:]) if warm_start else None, exit)
-            emit(_pick(y.logits[:, -1], temperature, generator), y.steps)
+        if draft_steps is None or y is None:
+            carried = model.between(y.state[:, -1:]) if warm_start and y else None
+            y = run(out[:, cache.length :], num_steps, carried, exit if y or exit_prompt else None)
+            logits = y.logits[:, -1]  # (B, V)
+            if temperature:
+                p = (logits.double() / temperature).softmax(-1).cpu()
+                token = torch.multinomial(p, 1, generator=generator)[:, 0].to(logits.device)
+            else:
+                token = logits.argmax(-1)  # ties go to the lowest id
+            emit(token, y.steps)
             continue
-        n, drafts = cache.length, [last]
-        for _ in range(min(lookahead, left - 1)):
+        n, drafts = cache.length, [out[:, -1:]]
+        for _ in range(min(lookahead, T + max_new_tokens - out.shape[1] - 1)):
             drafts.append(run(drafts[-1], draft_steps).logits[:, -1].argmax(-1)[:, None])
         cache.truncate(n)  # shallow keys are not kept
         drafts = torch.cat(drafts, dim=1)  # (1, 1 + drafts)
@@ -909,10 +850,9 @@ def generate(
         cache.truncate(n + 1 + good)
         accepted.append(good)
         for j in range(good + 1):
-            emit(said[:, j], num_steps)
-    rows = [[r] * B if isinstance(r, int) else r for r in ran]  # new tokens x B
-    ran = [r[0] for r in rows] if B == 1 else [list(row) for row in zip(*rows, strict=True)]
-    return out, {"iterations": ran, "accepted": accepted, "cache_bytes": cache.bytes(), "serial": serial}
+            emit(said[:, j], y.steps)
+    iterations = [r[0] for r in ran] if B == 1 else [list(row) for row in zip(*ran, strict=True)]
+    return out, {"iterations": iterations, "accepted": accepted, "cache_bytes": cache.bytes(), "serial": serial}
 
 
 @torch.no_grad()
@@ -925,48 +865,56 @@ def diffusion_forcing(
     Each call runs `inner` iterations on all positions that are not frozen yet, rewrites the draft tokens after them
     and appends one more. States are mixed with noise / (1 + age) of fresh noise, e with `momentum` of the old e. A
     position freezes, with all before it, when its state changes by less than `threshold` relative to the call before.
-    Frozen positions stay in the cache with the keys of their last `inner` iterations. stats: calls, serial, wave
-    (the mean number of positions refined), unfrozen (given up at max_calls). ValueError: as generate; B > 1.
+    Frozen positions stay in the cache with the keys of their last `inner` iterations. stats: calls, serial, unfrozen
+    (positions given up at max_calls, where the tokens may be fewer). ValueError: as generate; B > 1.
     Source: arXiv:2510.14961.
     """
-    model._check(ids)
-    B, T = ids.shape
-    if B != 1 or T + max_new_tokens > model.cfg.block_size or min(inner, wave, max_calls) < 1:
-        raise BadInput(f"one row and at most {model.cfg.block_size} tokens, got {B} rows, {T} + {max_new_tokens}")
-    cache, goal, calls, widths = RecurrentCache(inner, capacity=T + max_new_tokens), T + max_new_tokens, 0, []
-    out, done = ids, 0  # done: frozen positions
-    s = e_old = None  # states and embeddings of the wave, (1, w, C)
+    model.check(ids)
+    (B, T), goal = ids.shape, ids.shape[1] + max_new_tokens
+    refuse(B != 1 or goal > model.cfg.block_size or min(inner, wave, max_calls) < 1,
+           f"one row, at most {model.cfg.block_size} tokens, inner, wave and max_calls >= 1: got {B} rows, {T} + "
+           f"{max_new_tokens} tokens, {inner}, {wave}, {max_calls}")  # fmt: skip
+    cache, out, done, calls = RecurrentCache(inner, capacity=goal), ids, 0, 0  # done: frozen positions
+    # of the wave (1, w, C): states, embeddings, and for how many calls each position has been in it
+    s = e_old = model.transformer.wte.weight.new_empty(1, 0, model.cfg.n_embd)
     age = torch.zeros(0)
-    while out.shape[1] < goal + 1 and calls < max_calls and done < goal - 1:
-        new = out[:, done : min(goal - 1, done + max(wave, T - done))]  # (1, w): the prompt, then the wave
+    while calls < max_calls and done < goal - 1:
+        new, known = out[:, done : min(goal - 1, done + max(wave, T - done))], s.shape[1]  # (1, w): prompt, then wave
         w = new.shape[1]
         cache.truncate(done)
         cache.reserve(model, 1, w, inner)
         at = model.place(w, cache)
-        e = model.embed(new, at)  # (1, w, C)
-        fresh = _noise(model, calls, done, new, init_scale)
-        if s is None:
-            s, e_old = fresh[:, :0], e[:, :0]
-        known = s.shape[1]
-        share = (noise / (1 + age))[:, None].to(e)  # (known, 1)
+        e, s0 = model.embed(new, at), seeded_state(model, calls, done, new, init_scale)  # (1, w, C)
         e[:, :known] = (1 - momentum) * e[:, :known] + momentum * e_old
-        start = torch.cat([(1 - share) * s + share * fresh[:, :known], fresh[:, known:]], dim=1)  # (1, w, C)
-        s_new, _, _, _ = model.refine(start, e, 0, inner, at)
+        share = (noise / (1 + age))[:, None].to(e)  # (known, 1)
+        s0 = torch.cat([(1 - share) * s + share * s0[:, :known], s0[:, known:]], dim=1)  # (1, w, C)
+        s_new, _, _, _ = model.refine(s0, e, 0, inner, at)
         said = model.decode(s_new, at).argmax(-1)  # (1, w): the token after each position
         cache.seal(inner, w)
-        change = torch.full((w,), math.inf)
-        change[:known] = ((s_new[:, :known] - s).norm(dim=-1) / s_new[:, :known].norm(dim=-1))[0].cpu()
-        frozen = int((change < threshold).int().cumprod(0).sum())
+        frozen = int((change(s_new[:, :known], s) < threshold).int().cumprod(dim=1).sum())
         keep = max(T - done - 1, 0)  # the prompt's own tokens are not rewritten
         out = torch.cat([out[:, : done + keep + 1], said[:, keep:]], dim=1)[:, :goal]
         s, e_old, age = s_new[:, frozen:], e[:, frozen:], torch.cat([age + 1, torch.ones(w - known)])[frozen:]
         done, calls = done + frozen, calls + 1
-        widths.append(w)
-    mean = sum(widths) / max(1, len(widths))
-    return out, {"calls": calls, "serial": calls * inner, "wave": mean, "unfrozen": goal - 1 - done}
+    return out, {"calls": calls, "serial": calls * inner, "unfrozen": goal - 1 - done}
 
 
 # ---- weights: the released layout, and a Llama made recurrent
+
+
+def assemble(cfg: RecurrentConfig, tensors: dict[str, Tensor], source: str) -> RecurrentDepthLM:
+    """A model that holds these very tensors. ValueError: names all of them missing, extra or misshapen."""
+    with torch.device("meta"):
+        model = RecurrentDepthLM(cfg)
+    want = {n: tuple(p.shape) for n, p in model.state_dict().items()}
+    have = {n: tuple(p.shape) for n, p in tensors.items()}
+    wrong = [f"missing {n} {want[n]}" for n in want if n not in have]
+    wrong += [f"extra {n} {have[n]}" for n in have if n not in want]
+    wrong += [f"{n} is {have[n]}, needs {want[n]}" for n in want if n in have and have[n] != want[n]]
+    refuse(wrong, f"{source} does not fit its config: " + "; ".join(wrong))
+    model.load_state_dict(tensors, assign=True)
+    model.freq = cfg.frequencies()
+    return model.requires_grad_()
 
 
 def _safetensors():
@@ -982,40 +930,27 @@ def load_weights(path: str | Path) -> RecurrentDepthLM:
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not path.exists() or not (folder / "config.json").exists():
         raise FileNotFoundError(f"{path} has no config.json. Give the folder that `train` or save_weights wrote.")
-    if path.is_dir() and not index.exists() and not single.exists():
-        raise FileNotFoundError(f"{folder} has no model.safetensors and no model.safetensors.index.json.")
-    files = [single if path.is_dir() else path]
-    if path.name == index.name or (path.is_dir() and index.exists()):
-        files = [folder / f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    cfg, found, st = RecurrentConfig.from_json(folder / "config.json"), {}, _safetensors()
+    cfg, tensors, st = RecurrentConfig.from_json(folder / "config.json"), {}, _safetensors()
+    if path == folder:
+        index = folder / "model.safetensors.index.json"
+        path = index if index.exists() else folder / "model.safetensors"
+    files = [path]
+    if path.name.endswith(".index.json"):
+        files = [folder / name for name in sorted(set(json.loads(path.read_text())["weight_map"].values()))]
     for file in files:
         try:
-            found |= st.load_file(file)
+            tensors |= st.load_file(file)
         except FileNotFoundError as e:
-            raise FileNotFoundError(f"{file} is missing, though the index names it.") from e
+            why = "though the index names it" if file != path else "and so is model.safetensors.index.json"
+            raise FileNotFoundError(f"{file} is missing, {why}.") from e
         except Exception as e:  # safetensors has its own
             raise BadInput(f"{file} is incomplete or damaged ({e}). Copy or download it again.") from e
-    found.pop("freqs_cis", None)
+    tensors.pop("freqs_cis", None)
     if cfg.tie_embeddings:
-        found.pop("lm_head.weight", None)
-    with torch.device("meta"):
-        model = RecurrentDepthLM(cfg)
-    want = model.state_dict()
-    wrong = [f"missing {n} {tuple(want[n].shape)}" for n in want if n not in found]
-    wrong += [f"extra {n} {tuple(found[n].shape)}" for n in found if n not in want]
-    wrong += [
-        f"{n} is {tuple(found[n].shape)}, needs {tuple(want[n].shape)}"
-        for n in want
-        if n in found and found[n].shape != want[n].shape
-    ]
-    if wrong:
-        raise BadInput(f"{folder} does not fit its config.json: " + "; ".join(wrong))
-    model.load_state_dict(found, assign=True)
-    model.freq = RecurrentDepthLM.frequencies(cfg)
-    return model.requires_grad_().eval()
+        tensors.pop("lm_head.weight", None)
+    return assemble(cfg, tensors, str(folder)).eval()
 
 
 def save_weights(model: RecurrentDepthLM, folder: str | Path) -> None:
@@ -1029,63 +964,50 @@ def save_weights(model: RecurrentDepthLM, folder: str | Path) -> None:
     report.write_json(folder / "config.json", huginn | asdict(model.cfg))
 
 
+LLAMA = {
+    "norm_1": ["input_layernorm"], "norm_2": ["post_attention_layernorm"], "attn.proj": ["self_attn.o_proj"],
+    "attn.Wqkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "mlp.fc": ["mlp.gate_proj", "mlp.up_proj"], "mlp.proj": ["mlp.down_proj"],
+}  # fmt: skip
+
+
 def retrofit(state_dict: dict[str, Tensor], llama_config: dict, split=(4, 8, 4), seed: int = 0) -> RecurrentDepthLM:
     """Make a pretrained Llama recurrent: Hugging Face names and config -> a model with LlamaBlocks (arXiv:2511.07384).
 
     split (p, R, c): the first p layers become the prelude, the last c the coda, the R before those the core; layers
     between prelude and core are dropped. Only the adapter is new. ValueError: the split exceeds the layers, a tensor
-    is missing, or one of a kept layer has no place here, such as a bias.
+    is missing or misshapen, or one of a kept layer has no place here, such as a bias.
     """
-    p, R, c = split
-    n, heads = llama_config["num_hidden_layers"], llama_config["num_attention_heads"]
-    if min(split) < 1 or sum(split) > n:
-        raise BadInput(f"split {tuple(split)} needs {sum(split)} layers, each part at least 1; the model has {n}")
+    (p, R, c), n, given = split, llama_config["num_hidden_layers"], llama_config.get
+    refuse(min(split) < 1 or sum(split) > n,
+           f"split {tuple(split)} needs {sum(split)} layers, each part at least 1; the model has {n}")  # fmt: skip
+    C, heads = llama_config["hidden_size"], llama_config["num_attention_heads"]
     cfg = RecurrentConfig(
-        n_embd=llama_config["hidden_size"], num_attention_heads=heads,
-        num_key_value_heads=llama_config.get("num_key_value_heads", heads),
-        head_dim=llama_config.get("head_dim") or 0, intermediate_size=llama_config["intermediate_size"],
+        n_embd=C, num_attention_heads=heads, num_key_value_heads=given("num_key_value_heads", heads),
+        head_dim=given("head_dim") or 0, intermediate_size=llama_config["intermediate_size"],
         n_layers_in_prelude=p, n_layers_in_recurrent_block=R, n_layers_in_coda=c, mean_recurrence=4,
-        mean_backprop_depth=8, vocab_size=llama_config["vocab_size"],
-        block_size=llama_config.get("max_position_embeddings", 2048), norm_eps=llama_config["rms_norm_eps"],
-        rope_base=llama_config.get("rope_theta", 1e4), rope_scaling=llama_config.get("rope_scaling") or {},
-        tie_embeddings=False, block_class_name="LlamaBlock",
+        mean_backprop_depth=8, vocab_size=llama_config["vocab_size"], block_size=given("max_position_embeddings", 2048),
+        norm_eps=llama_config["rms_norm_eps"], rope_base=given("rope_theta", 1e4),
+        rope_scaling=given("rope_scaling") or {}, tie_embeddings=False, block_class_name="LlamaBlock",
     )  # fmt: skip
-
-    left = set(state_dict)
-
-    def given(name: str) -> Tensor:
-        if name not in state_dict:
-            raise BadInput(f"the state dict has no {name}. It needs Hugging Face's Llama names.")
-        left.discard(name)
-        return state_dict[name]
-
-    embedding = given("model.embed_tokens.weight")
-    new = {
-        "transformer.wte.weight": embedding.clone(),
-        "transformer.ln_f.weight": given("model.norm.weight").clone(),
-        "lm_head.weight": state_dict.get("lm_head.weight", embedding).clone(),  # untied from here on
-    }
-    places = [("prelude", j, j) for j in range(p)] + [("core_block", j, n - c - R + j) for j in range(R)]
-    places += [("coda", j, n - c + j) for j in range(c)]
-    for part, j, i in places:
-        old = lambda name, i=i: given(f"model.layers.{i}.{name}.weight")
-        for ours, parts in {
-            "norm_1": ["input_layernorm"], "norm_2": ["post_attention_layernorm"], "mlp.proj": ["mlp.down_proj"],
-            "attn.Wqkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-            "attn.proj": ["self_attn.o_proj"], "mlp.fc": ["mlp.gate_proj", "mlp.up_proj"],
-        }.items():  # fmt: skip
-            new[f"transformer.{part}.{j}.{ours}.weight"] = torch.cat([old(name) for name in parts])  # along rows
-    kept = tuple(f"model.layers.{i}." for _, _, i in places)
-    if strange := sorted(name for name in left if name.startswith(kept) and not name.endswith("inv_freq")):
-        raise BadInput(f"a Llama's layers have no {', '.join(strange)}: this model cannot be retrofitted.")
-    g, bound = cluster.generator(seed, 1), 1 / math.sqrt(2 * cfg.n_embd)
-    adapter = torch.empty(cfg.n_embd, 2 * cfg.n_embd).uniform_(-bound, bound, generator=g)
-    new["transformer.adapter.weight"] = adapter.to(embedding.dtype)
-    with torch.device("meta"):
-        model = RecurrentDepthLM(cfg)
-    model.load_state_dict(new, assign=True)
-    model.freq = RecurrentDepthLM.frequencies(cfg)
-    return model.requires_grad_()
+    kept = [*range(p), *range(n - c - R, n)]
+    places = [f"{part}.{j}" for part, count in (("prelude", p), ("core_block", R), ("coda", c)) for j in range(count)]
+    sources = {"wte": ["model.embed_tokens"], "ln_f": ["model.norm"]}
+    for place, i in zip(places, kept, strict=True):
+        sources |= {f"{place}.{ours}": [f"model.layers.{i}.{old}" for old in parts] for ours, parts in LLAMA.items()}
+    used = {f"{name}.weight" for parts in sources.values() for name in parts}
+    missing = sorted(used - set(state_dict))
+    refuse(missing, f"the state dict has no {', '.join(missing)}. It needs Hugging Face's Llama names.")
+    mine = tuple(f"model.layers.{i}." for i in kept)
+    strange = sorted(x for x in set(state_dict) - used if x.startswith(mine) and not x.endswith("inv_freq"))
+    refuse(strange, f"a Llama's layers have no {', '.join(strange)}: this model cannot be retrofitted.")
+    new = {f"transformer.{ours}.weight": torch.cat([state_dict[f"{name}.weight"] for name in parts])  # along rows
+           for ours, parts in sources.items()}  # fmt: skip
+    wte, bound = new["transformer.wte.weight"], 1 / math.sqrt(2 * C)
+    adapter = torch.empty(C, 2 * C).uniform_(-bound, bound, generator=cluster.generator(seed, 1))
+    new["transformer.adapter.weight"] = adapter.to(wte.dtype)
+    new["lm_head.weight"] = state_dict.get("lm_head.weight", wte).clone()  # untied from here on
+    return assemble(cfg, new, "the state dict")
 
 
 # ---- the optimizer
@@ -1103,8 +1025,8 @@ class AtanAdam(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable, lr: float = 4e-5, betas=(0.9, 0.95), weight_decay: float = 4e-5):
-        if lr < 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas):
-            raise BadInput(f"lr {lr} and weight_decay {weight_decay} must be >= 0, betas {betas} in [0, 1)")
+        good = lr >= 0 and weight_decay >= 0 and all(0 <= b < 1 for b in betas)
+        refuse(not good, f"lr {lr} and weight_decay {weight_decay} must be >= 0, betas {betas} in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "base_lr": lr})
 
     @torch.no_grad()
@@ -1132,60 +1054,62 @@ class AtanAdam(torch.optim.Optimizer):
 # ---- the experiment: data
 
 
+def stream(seed: int, length: int, micro: int) -> torch.Generator:
+    """Of the rows of a training micro-step; -1: of held-out rows."""
+    return cluster.generator(seed, 9, length) if micro < 0 else cluster.generator(seed, 3, micro)
+
+
 class Parity:
     """Running parity: after a start token 2, random bits; the label at each bit is the parity of all bits up to it.
 
     Position t is its own level of difficulty: what an iteration adds is "combine with what an earlier position holds".
     """
 
-    vocab, n_out = 3, 2
+    vocab, n_out, tokenizer = 3, 2, None
 
     def __init__(self, cfg: Config):
-        self.cfg, self.tokenizer = cfg, None
+        self.seed = cfg.seed
 
-    def batch(self, micro: int, length: int, rows: int) -> tuple[Tensor, Tensor]:
-        """ids and labels (rows, 1 + length) of a micro-step: a function of seed and step alone. -100: no loss."""
-        bits = torch.randint(2, (rows, length), generator=cluster.generator(self.cfg.seed, 3, micro))
-        return self.rows(bits)
+    def draw(self, rows: int, length: int, micro: int = -1) -> tuple[Tensor, Tensor]:
+        """ids and labels (rows, 1 + length) of a micro-step, or fresh ones, in training by a chance of 2^-length."""
+        return self.label(torch.randint(2, (rows, length), generator=stream(self.seed, length, micro)))
 
     @staticmethod
-    def rows(bits: Tensor) -> tuple[Tensor, Tensor]:
-        """bits (B, T) -> ids and labels (B, 1 + T)."""
+    def label(bits: Tensor) -> tuple[Tensor, Tensor]:
+        """bits (B, T) -> ids and labels (B, 1 + T). -100: no loss."""
         start = torch.full((len(bits), 1), 2)
         return torch.cat([start, bits], dim=1), torch.cat([start - 102, bits.cumsum(dim=1) % 2], dim=1)
 
-    def held_out(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """Fresh rows: the streams of training hold them only by a chance of 2^-length."""
-        return self.rows(torch.randint(2, (rows, length), generator=cluster.generator(self.cfg.seed, 9, length)))
-
 
 class Text:
-    """Text as rows of `length` + 1 ids, bytes unless a tokenizer is given; the last 5 % are held out."""
+    """Text as rows of ids, bytes unless a tokenizer is given; the last 5 % are held out."""
+
+    n_out = 0
 
     def __init__(self, cfg: Config, tokenizer=None):
         text = corpus(cfg.data)
-        self.cfg, self.tokenizer, self.vocab, self.n_out = cfg, tokenizer, 256, 0
         ids = Tokenizer([]).encode(text) if tokenizer is None else torch.tensor(tokenizer.encode(text).ids)
-        if tokenizer is not None:
-            self.vocab = tokenizer.get_vocab_size()
-        cut = int(0.95 * len(ids))
-        self.train, self.held = ids[:cut], ids[cut:]
-        if len(self.held) <= cfg.length:
-            raise BadInput(f"the text has {len(ids)} tokens, --length {cfg.length} needs {21 * cfg.length}. Add text.")
+        self.seed, self.tokenizer, self.vocab = cfg.seed, tokenizer, tokenizer.get_vocab_size() if tokenizer else 256
+        self.train, self.held = ids.tensor_split([int(0.95 * len(ids))])
+        short = len(self.held) <= cfg.length
+        refuse(short, f"the text has {len(ids)} tokens, --length {cfg.length} needs {21 * cfg.length}. Add text.")
 
-    def batch(self, micro: int, length: int, rows: int) -> tuple[Tensor, Tensor]:
-        """ids and labels (rows, length) at random places of the training text."""
-        return self._cut(self.train, length, rows, cluster.generator(self.cfg.seed, 3, micro))
-
-    def held_out(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
-        """The same of the held-out text."""
-        return self._cut(self.held, length, rows, cluster.generator(self.cfg.seed, 9, length))
-
-    @staticmethod
-    def _cut(ids: Tensor, length: int, rows: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
-        first = torch.randint(len(ids) - length, (rows, 1), generator=g)
+    def draw(self, rows: int, length: int, micro: int = -1) -> tuple[Tensor, Tensor]:
+        """ids and labels (rows, length) at random places of the training text, or of the held-out text."""
+        ids = self.held if micro < 0 else self.train
+        first = torch.randint(len(ids) - length, (rows, 1), generator=stream(self.seed, length, micro))
         cut = ids[first + torch.arange(length + 1)]  # (rows, length + 1)
         return cut[:, :-1], cut[:, 1:]
+
+
+# ---- the experiment: training
+
+# settings that change the numbers of a run; a checkpoint goes on only under the same ones
+FIXED = (
+    "task", "length", "data", "d_model", "n_head", "d_mlp", "layers", "rope_base", "recency", "r_bar", "k", "fixed_r",
+    "ramp", "steps", "batch", "accum", "optimizer", "lr", "warmup", "flat", "settle", "settle_lr", "beta2",
+    "weight_decay", "clip", "seed", "dtype", "split",
+)  # fmt: skip
 
 
 def shape_of(cfg: Config, data) -> RecurrentConfig:
@@ -1197,16 +1121,6 @@ def shape_of(cfg: Config, data) -> RecurrentConfig:
         vocab_size=data.vocab, n_out=data.n_out, block_size=max(1024, cfg.length), rope_base=cfg.rope_base,
         tie_embeddings=not data.n_out,
     )  # fmt: skip
-
-
-# ---- the experiment: training
-
-# settings that change the numbers of a run; a checkpoint goes on only under the same ones
-FIXED = (
-    "task", "length", "data", "d_model", "n_head", "d_mlp", "layers", "rope_base", "recency", "r_bar", "k", "fixed_r",
-    "ramp", "steps", "batch", "accum", "optimizer", "lr", "warmup", "flat", "settle", "settle_lr", "beta2",
-    "weight_decay", "clip", "seed", "dtype", "split",
-)  # fmt: skip
 
 
 @torch.no_grad()
@@ -1235,18 +1149,13 @@ def correlation(s: Tensor) -> Tensor:
     return ((u.square().sum(-1) - T) / max(1, T * (T - 1))).mean()
 
 
-def residual(out: Output) -> Tensor:
-    """|s_r - s_{r-1}| / |s_r|, mean over positions, 0-d."""
-    return ((out.state - out.before).norm(dim=-1) / out.state.norm(dim=-1)).mean().detach()
-
-
 class Trainer:
     """Model, optimizer and a step whose rows, initial states and depth do not depend on the number of ranks."""
 
     def __init__(self, cfg: Config, data, w: cluster.World, state: dict | None = None, model=None):
         self.cfg, self.data, self.w = cfg, data, w
-        if cfg.batch % (w.size * cfg.accum):
-            raise BadInput(f"--batch {cfg.batch} does not divide over {w.size} processes x --accum {cfg.accum}")
+        uneven = cfg.batch % (w.size * cfg.accum)
+        refuse(uneven, f"--batch {cfg.batch} does not divide over {w.size} processes x --accum {cfg.accum}")
         if model is None:
             model = RecurrentDepthLM(shape_of(cfg, data), cfg.seed)
             look_back(model, cfg.recency)
@@ -1290,67 +1199,67 @@ class Trainer:
         return min(1, (self.step + 1) / max(1, cfg.warmup)) * fall * (cfg.settle_lr if self.settled else 1)
 
     def state(self) -> dict:
+        """What a checkpoint holds."""
         setting = {name: getattr(self.cfg, name) for name in FIXED}
-        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "setting": setting}
-        return {**parts, "counts": [self.step, self.skipped, self.in_a_row, self.smooth, self.settled]}
+        counts = [self.step, self.skipped, self.in_a_row, self.smooth, self.settled]
+        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {**parts, "setting": setting, "counts": counts}
 
     def micro_loss(self, micro: int) -> Output:
         """Forward pass of this rank's rows of a micro-step."""
         cfg, w = self.cfg, self.w
         rows = cfg.batch // cfg.accum
-        ids, labels = self.data.batch(micro, cfg.length, rows)  # (rows, T)
-        mine = range(w.rank, rows, w.size)
+        ids, labels = self.data.draw(rows, cfg.length, micro)  # (rows, T)
         e = torch.empty(1, ids.shape[1], self.model.cfg.n_embd)
-        s0 = torch.cat([self.model.init_state(e, generator=cluster.generator(cfg.seed, 4, micro, i)) for i in mine])
+        noise = lambda row: self.model.init_state(e, generator=cluster.generator(cfg.seed, 4, micro, row))
+        s0 = torch.cat([noise(row) for row in range(w.rank, rows, w.size)])  # (rows / ranks, T, C)
         ids, labels = (x[w.rank :: w.size].to(w.device) for x in (ids, labels))
         with torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
             return self.ddp(ids, self.depth(micro), s0.to(w.device), labels)
 
     def advance(self, log: bool) -> dict:
         """One optimizer step; with `log`, what it measured."""
-        cfg, w = self.cfg, self.w
-        losses = []
+        cfg, losses = self.cfg, []
         for j in range(cfg.accum):
             self.ddp.require_backward_grad_sync = j == cfg.accum - 1
             out = self.micro_loss(self.step * cfg.accum + j)
             (out.loss / cfg.accum).backward()
             losses.append(out.loss.detach())
-        loss = (cluster.total(torch.stack(losses).mean()) / w.size).item()
+        loss = (cluster.total(torch.stack(losses).mean()) / self.w.size).item()
         for group in self.optimizer.param_groups:
             group["lr"] = cfg.lr * self.rate()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip).item()
+        self.step += 1
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
             self.in_a_row, self.smooth = 0, 0.9 * self.smooth + 0.1 * loss
         else:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-            if self.in_a_row == 20:
-                raise BadInput(f"the loss was not finite in 20 steps in a row, up to step {self.step + 1}. Lower --lr.")
+            endless = f"the loss was not finite in 20 steps in a row, up to step {self.step}. Lower --lr."
+            refuse(self.in_a_row == 20, endless)
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         if self.smooth < cfg.settle and not self.settled:
             self.settled = self.step
-        line = {}
-        if log:
-            n, k = self.depth(self.step * cfg.accum - 1)
-            line = {"loss": loss, "grad_norm": float(norm), "n": n, "k": k}
-            line |= {"correlation": float(correlation(out.state)), "residual": float(residual(out))}
-            line |= {"skipped": self.skipped} if self.skipped else {}
-        return line
+        if not log:
+            return {}
+        n, k = self.depth(self.step * cfg.accum - 1)
+        alarms = {"correlation": correlation(out.state).item(), "residual": change(out.state, out.before).mean().item()}
+        skipped = {"skipped": self.skipped} if self.skipped else {}
+        return {"loss": loss, "grad_norm": norm, "n": n, "k": k, **alarms, **skipped}
 
-    def run(self, log: report.Run, what: str, path: str = "", until: int = 0) -> "Trainer":
-        """Train to step `until` or the end; checkpoints go to `path` if given, also when SIGTERM asks to stop."""
-        cfg, until = self.cfg, until or self.cfg.steps
-        bar = report.progress(None, what, self.w, until, self.step)
+    def run(self, log: report.Run, what: str, path: str = "") -> "Trainer":
+        """Train to the end; checkpoints go to `path` if given, also when SIGTERM asks to stop."""
+        cfg = self.cfg
+        bar = report.progress(None, what, self.w, cfg.steps, self.step)
         listen = cluster.stop_signal(self.w.device) if path else contextlib.nullcontext(bool)  # bool() is False
         with listen as stopping, bar:
-            while self.step < until:
-                if line := self.advance((self.step + 1) % cfg.log_every == 0 or self.step + 1 == until):
+            while self.step < cfg.steps:
+                if line := self.advance((self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.steps):
                     log.log(run=what, step=self.step, **line)
                     bar.set_postfix_str(f"loss {line['loss']:.3f}")
                 bar.update()
                 stop = stopping()
-                due = stop or self.step == until or (cfg.save_every and self.step % cfg.save_every == 0)
+                due = stop or self.step == cfg.steps or (cfg.save_every and self.step % cfg.save_every == 0)
                 if path and due and self.w.main:
                     cluster.save(path, self.state())
                 if stop:
@@ -1365,12 +1274,11 @@ class Trainer:
 @torch.no_grad()
 def unroll(model: RecurrentDepthLM, ids: Tensor, r_max: int, s0: Tensor | None = None, seed: int = 0):
     """Yield (r, s_r) for r = 0..r_max, from s0 or from noise of `seed`."""
-    e = model.embed(ids)
+    e, at = model.embed(ids), model.place(ids.shape[1])
     s = model.init_state(e, generator=cluster.generator(seed, 5)) if s0 is None else s0
-    at = model.place(ids.shape[1])
     for r in range(r_max + 1):
+        s = model.iterate(s, e, at) if r else s
         yield r, s
-        s = model.iterate(s, e, at)
 
 
 @torch.no_grad()
@@ -1385,40 +1293,39 @@ def by_depth(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, depths, seed:
     return right, loss
 
 
-def rules_shown() -> dict[str, ExitRule]:
-    """Of the exit table: rows leave when all their positions agree, or positions leave one by one."""
-    return {
-        "KL, whole row": KLExit(over="max"), "state, whole row": LatentDiffExit(over="max"), "KL, per token": KLExit(),
-        "KL and entropy < 0.1, per token": KLExit(max_entropy=0.1),
-    }  # fmt: skip
-
-
 @torch.no_grad()
-def exits(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, rules: dict, r_max: int = 32, seed: int = 0) -> dict:
+def exits(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, rules: dict, r_max: int = 32) -> dict:
     """For each rule the mean iterations, the accuracy with them, and the iterations by position (T,)."""
-    found, seen = {}, (labels >= 0).all(dim=0)
-    for r, s in unroll(model, ids, r_max, seed=seed):
+    steps, answers, seen = {}, {}, (labels >= 0).all(dim=0)
+    for r, s in unroll(model, ids, r_max):
         logits = model.decode(s)
         best = logits.argmax(-1)  # (B, T)
         for name, rule in rules.items():
             if r == 0:
                 rule.start(s)
-                found[name] = torch.zeros_like(best), best
+                steps[name], answers[name] = torch.zeros_like(best), best
                 continue
             go = rule.positions(s, logits)  # (B, T)
             go = go.all(dim=1, keepdim=True).expand_as(go) if rule.over == "max" else go
-            step, answer = found[name]
-            now = (step == 0) & (go | (r == r_max))
-            found[name] = torch.where(now, r, step), torch.where(now, best, answer)
-    by_position = {name: (step[:, seen].float().mean(dim=0), (answer == labels)[:, seen].float().mean().item())
-                   for name, (step, answer) in found.items()}  # fmt: skip
-    return {name: (step.mean().item(), accuracy, step.cpu()) for name, (step, accuracy) in by_position.items()}
+            now = (steps[name] == 0) & (go | (r == r_max))
+            steps[name], answers[name] = torch.where(now, r, steps[name]), torch.where(now, best, answers[name])
+    at = {name: step[:, seen].float().mean(dim=0).cpu() for name, step in steps.items()}
+    right = {name: (answer == labels)[:, seen].float().mean().item() for name, answer in answers.items()}
+    return {name: (at[name].mean().item(), right[name], at[name]) for name in rules}
+
+
+def exit_table(w: cluster.World, model: RecurrentDepthLM, rows: dict, rules: dict[str, ExitRule]) -> dict:
+    """Print and return what exits() finds: {name of the rows: {name of the rule: its three values}}."""
+    found = {name: exits(model, *ids_and_labels, rules) for name, ids_and_labels in rows.items()}
+    lines = [[rule, *(f"{f[rule][0]:.1f} ({f[rule][1]:.3f})" for f in found.values())] for rule in rules]
+    w.print("\nexit, at most 32 iterations: mean iterations (accuracy)\n" + report.table(["rule", *found], lines))
+    return found
 
 
 @torch.no_grad()
-def path_independence(model: RecurrentDepthLM, ids: Tensor, depths, seed: int = 0) -> dict[int, float]:
+def path_independence(model: RecurrentDepthLM, ids: Tensor, depths) -> dict[int, float]:
     """Largest difference of logits between a start at noise and one at zero, by depth."""
-    noise = unroll(model, ids, max(depths), seed=seed)
+    noise = unroll(model, ids, max(depths))
     zero = unroll(model, ids, max(depths), torch.zeros(*ids.shape, model.cfg.n_embd, device=ids.device))
     return {r: (model.decode(a) - model.decode(b)).abs().max().item()
             for (r, a), (_, b) in zip(noise, zero, strict=True) if r in depths}  # fmt: skip
@@ -1429,89 +1336,76 @@ def passes(acc: dict[int, float]) -> bool:
     return acc[12] >= 0.98 and acc[4] - acc[1] >= 0.12 and acc[64] >= acc[12] - 0.01
 
 
-def by_quarter(right: dict[int, Tensor]) -> list[list]:
-    """Table rows: accuracy by depth over all positions and over each quarter of them."""
-    parts = [a.tensor_split(4) for a in right.values()]
-    return [["all", *(a.mean().item() for a in right.values())]] + [
-        [f"quarter {i + 1}", *(part[i].mean().item() for part in parts)] for i in range(4)
-    ]
-
-
 def demo(cfg: Config, w: cluster.World) -> None:
     """Train a model per seed and one at fixed depth, then show what more iterations do to each."""
     T, depths, data, passed, best = cfg.length, cfg.num_steps, Parity(cfg), [], None
-    if cfg.task != "parity":
-        raise BadInput("the demo is about parity. For text: python recurrent_depth.py train --preset bytes")
-    if T < 4:
-        raise BadInput(f"the demo shows quarters of its rows, --length {T} must be at least 4")
-    if need := {1, 4, 12, 64} - set(depths):
-        raise BadInput(f"the demo needs the depths 1 4 12 64 among --num-steps, {sorted(need)} are missing")
+    refuse(cfg.task != "parity", "the demo is about parity. For text: python recurrent_depth.py train --preset bytes")
+    refuse(T < 4, f"the demo looks at quarters of its rows, --length {T} must be at least 4")
+    need = sorted({1, 4, 12, 64} - set(depths))
+    refuse(need, f"the demo needs the depths 1 4 12 64 among --num-steps, {need} are missing")
     run = report.Run(cfg.out, cfg, w)
-    rows = lambda L: [x.to(w.device) for x in data.held_out(cfg.rows, L)]
+    rows = lambda L: [x.to(w.device) for x in data.draw(cfg.rows, L)]
     mean = lambda right: {r: a.mean().item() for r, a in right.items()}
     show = lambda title, head, lines: w.print(f"\n{title}\n" + report.table([*map(str, head)], lines))
+    quarter = lambda right, i: {r: a.tensor_split(4)[i] for r, a in right.items()}
+    rules = {  # rows leave when all their positions agree, or positions leave one by one
+        "KL, whole row": KLExit(over="max"), "state, whole row": LatentDiffExit(over="max"), "KL, per token": KLExit(),
+        "KL and entropy < 0.1, per token": KLExit(max_entropy=0.1),
+    }  # fmt: skip
     for seed in cfg.seeds:
-        trainer = Trainer(replace(cfg, seed=seed), data, w).run(run, f"seed {seed}", until=min(cfg.judge, cfg.steps))
-        loss = by_depth(trainer.model, *rows(T), (4, 16))[1]
-        if alive := loss[4] - loss[16] > 0.01:  # else the state is ignored: recurrence collapse, which does not heal
-            trainer.run(run, f"seed {seed}")
-        model = trainer.model
+        model = Trainer(replace(cfg, seed=seed), data, w).run(run, f"seed {seed}").model
         right = by_depth(model, *rows(T), depths)[0]
         acc = mean(right)
         passed.append(passes(acc))
         run.log(seed=seed, passed=passed[-1], **{f"acc_{r}": a for r, a in acc.items()})
-        said = ", ".join(f"{a:.3f} at r = {r}" for r, a in acc.items() if r in (1, 4, 12, 64))
-        fails = "FAILS" if alive else f"COLLAPSED, stopped at step {trainer.step}"
-        w.print(f"seed {seed} {'passes' if passed[-1] else fails}: accuracy {said}")
+        said = ", ".join(f"{acc[r]:.3f} at r = {r}" for r in (1, 4, 12, 64))
+        w.print(f"seed {seed} {'passes' if passed[-1] else 'FAILS'}: accuracy {said}")
         if best is None or (passed[-1] and not passes(best[2])):
             best = seed, model, acc, right  # the first that passes is measured further
     fixed = replace(cfg, seed=cfg.seeds[0], fixed_r=1)
     control = by_depth(Trainer(fixed, data, w).run(run, "control").model, *rows(T), depths)[0]
     seed, model, acc, right = best
-    show(f"seed {seed}: accuracy on {cfg.rows} fresh rows of {T} bits", ["r =", *depths], by_quarter(right))
-    show("control: the same parameters, r = 1 in training", ["r =", *depths], by_quarter(control))
-    longer = {L: mean(by_depth(model, *rows(L), depths)[0]) for L in (3 * T // 2, 2 * T)}
-    show("rows longer than any in training", ["r =", *depths], [[f"{L} bits", *a.values()] for L, a in longer.items()])
-    left = {L: exits(model, *rows(L), rules_shown()) for L in (T // 4, T // 2, 3 * T // 4, T)}
-    cell = lambda found: f"{found[0]:.1f} ({found[1]:.3f})"
-    lines = [[rule, *(cell(found[rule]) for found in left.values())] for rule in rules_shown()]
-    show("exit, at most 32 iterations: mean iterations (accuracy)", ["rule", *(f"{L} bits" for L in left)], lines)
+    longer = {L: by_depth(model, *rows(L), depths)[0] for L in (3 * T // 2, 2 * T)}
+    table = {f"{T} bits, as in training": right, **{f"quarter {i + 1}": quarter(right, i) for i in range(4)}}
+    table |= {"control: r = 1 in training": control, **{f"rows longer: {L} bits": a for L, a in longer.items()}}
+    lines = [[name, *mean(a).values()] for name, a in table.items()]
+    show(f"seed {seed}: accuracy on {cfg.rows} fresh rows", ["r =", *depths], lines)
+    left = exit_table(w, model, {f"{L} bits": rows(L) for L in (T // 4, T // 2, 3 * T // 4, T)}, rules)
     gap = path_independence(model, rows(T)[0], (1, 4, 8, 16, 32, 64))
-    show(
-        "path independence: largest difference of logits, s_0 noise or zero", ["r =", *gap], [["logits", *gap.values()]]
-    )
+    title = "path independence: largest difference of logits, s_0 noise or zero"
+    show(title, ["r =", *gap], [["logits", *gap.values()]])
     use(w, model, rows(T)[0])
-    whole = [found["KL, whole row"] for found in left.values()]
-    grows = [f[0] for f in whole] == sorted({f[0] for f in whole}) and min(f[1] for f in whole) >= 0.98
+    steps, sure, _ = zip(*(found["KL, whole row"] for found in left.values()), strict=True)
+    grows = [*steps] == sorted({*steps}) and min(sure) >= 0.98
     flat = mean(control).values()
-    run.log(control=mean(control), longer=longer, exits={L: f[0] for L, f in zip(left, whole, strict=True)}, paths=gap)
+    longer, at = {L: mean(a) for L, a in longer.items()}, dict(zip(left, steps, strict=True))
+    run.log(control=mean(control), longer=longer, exits=at, paths=gap)
     keep(cfg, w, model, data)
     if w.main:
-        layout = {"ncols": 3, "figsize": (15, 4)}
         drawing = functools.partial(draw, right, control, left)
-        w.print("\n" + report.picture(f"{cfg.out}/recurrent_depth.png", drawing, **layout))
+        w.print("\n" + report.picture(f"{cfg.out}/recurrent_depth.png", drawing, ncols=3, figsize=(15, 4)))
     run.claim(
         "one set of weights gets more right with more iterations at test time, and stays there",
         "ARC-C 24.1 at r = 1, 38.2 at 32 (Huginn-3.5B)",
         f"parity of {T} bits, accuracy {acc[1]:.3f} at r = 1, {acc[4]:.3f} at 4, {acc[12]:.3f} at 12, {acc[64]:.3f} at "
         f"64; {sum(passed)} of {len(passed)} seeds pass; control {min(flat):.3f} to {max(flat):.3f}; rows exit after "
-        f"{whole[0][0]:.1f} iterations ({T // 4} bits) to {whole[-1][0]:.1f} ({T} bits) at accuracy "
-        f"{min(f[1] for f in whole):.3f}",
+        f"{steps[0]:.1f} iterations ({T // 4} bits) to {steps[-1]:.1f} ({T} bits) at accuracy {min(sure):.3f}",
         2 * sum(passed) > len(passed) and max(flat) - min(flat) <= 0.03 and grows,
         f"{count(model)} parameters, {cfg.steps} steps, seeds {cfg.seeds}, {w.device.type}",
     )
 
 
+@torch.no_grad()
 def use(w: cluster.World, model: RecurrentDepthLM, ids: Tensor, new: int = 16, r: int = 24) -> None:
     """Continue rows by every way of generation; how often each says what greedy decoding without a cache says."""
-    prompts, lines = ids[:8, : ids.shape[1] // 2].split(1), []  # 8 x (1, T)
+    prompts, lines, want = ids[:8, : ids.shape[1] // 2].split(1), [], None  # 8 x (1, T)
     T, sure = prompts[0].shape[1], lambda: KLExit(max_entropy=0.1)
 
     def plain(out: Tensor) -> tuple[Tensor, dict]:
         for _ in range(new):
             s0 = torch.zeros(*out.shape, model.cfg.n_embd, device=out.device)
             out = torch.cat([out, model(out, r, s0).logits[:, -1:].argmax(-1)], dim=1)
-        return out, {"iterations": [r] * new}
+        return out, {"serial": r * new}
 
     go = functools.partial(generate, model, max_new_tokens=new, num_steps=r, init_scale=0)
     ways = {
@@ -1521,27 +1415,16 @@ def use(w: cluster.World, model: RecurrentDepthLM, ids: Tensor, new: int = 16, r
         "speculative, drafts of 4": lambda p: go(p, draft_steps=4),
         "diffusion forcing": lambda p: diffusion_forcing(model, p, new, init_scale=0),
     }  # fmt: skip
-    want = None
     for name, way in ways.items():
-        start, made = time.process_time(), []
-        with torch.no_grad():
-            made = [way(p) for p in prompts]
-        seconds, out = time.process_time() - start, torch.cat([ids[:, T:] for ids, _ in made])
+        start = time.process_time()
+        made = [way(p) for p in prompts]
+        ms, tokens = (time.process_time() - start) * 1e3, new * len(prompts)
+        out, serial = torch.cat([x[:, T:] for x, _ in made]), sum(stats["serial"] for _, stats in made)
         want = out if want is None else want
-        serial = [s["serial"] if "serial" in s else sum(s["iterations"]) for _, s in made]
-        per_token = 1 / new / len(prompts)
-        lines.append(
-            [
-                name,
-                (out == want).float().mean().item(),
-                f"{sum(serial) * per_token:.1f}",
-                f"{seconds * per_token * 1e3:.1f}",
-            ]
-        )
+        lines.append([name, (out == want).float().mean().item(), f"{serial / tokens:.1f}", f"{ms / tokens:.1f}"])
     w.print(f"\n{len(prompts)} prompts of {T - 1} bits, {new} tokens each, at most {r} iterations")
-    w.print(
-        report.table(["way", "tokens as without cache", "iterations in a row per token", "CPU ms per token"], lines)
-    )
+    head = ["way", "tokens as without cache", "iterations in a row per token", "CPU ms per token"]
+    w.print(report.table(head, lines))
 
 
 def draw(right: dict, control: dict, left: dict, figure, axes) -> None:
@@ -1557,12 +1440,12 @@ def draw(right: dict, control: dict, left: dict, figure, axes) -> None:
     mean.set_xscale("log", base=2)
     mean.set(xlabel="iterations r at test time", ylabel="accuracy, all positions", title="Depth is a dial")
     mean.legend(frameon=False)
-    for L, found in left.items():
-        out.plot(range(1, L + 1), found["KL and entropy < 0.1, per token"][2], label=f"{L} bits, per token")
+    for name, found in left.items():
+        by_position = found["KL and entropy < 0.1, per token"][2]
+        out.plot(range(1, len(by_position) + 1), by_position, label=f"{name}, per token")
         out.axhline(found["KL, whole row"][0], color=out.lines[-1].get_color(), ls=":", lw=1)
-    out.set(
-        xlabel="position", ylabel="iterations before exit", title="Exit: harder positions leave later (dotted: rows)"
-    )
+    title = "Exit: harder positions leave later (dotted: rows)"
+    out.set(xlabel="position", ylabel="iterations before exit", title=title)
     out.legend(frameon=False)
 
 
@@ -1573,11 +1456,8 @@ def check_resume(state: dict, cfg: Config) -> None:
     """BadInput: the checkpoint was trained with another setting."""
     for name, was in state["setting"].items():
         now, flag = getattr(cfg, name), "--" + name.replace("_", "-")
-        if was != now:
-            raise BadInput(
-                f"the checkpoint was trained with {flag} {was}, this run asks for {flag} {now}. "
-                f"Pass the same value to resume, or another --out to start anew."
-            )
+        refuse(was != now, f"the checkpoint was trained with {flag} {was}, this run asks for {flag} {now}. "
+                           f"Pass the same value to resume, or another --out to start anew.")  # fmt: skip
 
 
 def train(cfg: Config, w: cluster.World, data=None, model: RecurrentDepthLM | None = None) -> None:
@@ -1610,46 +1490,42 @@ def keep(cfg: Config, w: cluster.World, model: RecurrentDepthLM, data) -> None:
 
 def measure(cfg: Config, w: cluster.World, model: RecurrentDepthLM, data, run=None) -> None:
     """Loss and accuracy on held-out rows by depth; warns when depth changes nothing."""
-    depths = sorted({*cfg.num_steps, model.cfg.mean_recurrence})
-    rows = cfg.rows if cfg.task == "parity" else min(cfg.rows, 64)
-    ids, labels = (x.to(w.device) for x in data.held_out(rows, cfg.length))
-    right, loss = by_depth(model, ids, labels, depths)
-    rows = [["accuracy", *(a.mean().item() for a in right.values())], ["loss in nats", *loss.values()]]
-    w.print(report.table(["at r =", *map(str, depths)], rows))
+    rows = cfg.rows if data.n_out else min(cfg.rows, 64)
+    ids, labels = (x.to(w.device) for x in data.draw(rows, cfg.length))
+    right, loss = by_depth(model, ids, labels, sorted({*cfg.num_steps, model.cfg.mean_recurrence}))
+    accuracy = {r: a.mean().item() for r, a in right.items()}
+    lines = [["accuracy", *accuracy.values()], ["loss in nats", *loss.values()]]
+    w.print(report.table(["at r =", *map(str, loss)], lines))
     deep = [v for r, v in loss.items() if r]
     if len(deep) > 1 and max(deep) - min(deep) < 0.01 * min(deep):
         w.print("alarm: the loss does not depend on r; the core may ignore its state (recurrence collapse)")
     if run:
-        run.log(loss_by_r=loss, accuracy_by_r={r: a.mean().item() for r, a in right.items()})
+        run.log(loss_by_r=loss, accuracy_by_r=accuracy)
 
 
 def open_model(cfg: Config, w: cluster.World):
     """The model of --model with its tokenizer or None: our folder, or a Llama made recurrent on the spot."""
     folder = Path(cfg.model)
-    config = folder / "config.json"
+    config, tok = folder / "config.json", folder / "tokenizer.json"
     if config.exists() and "huginn_raven" in config.read_text():
-        tok = folder / "tokenizer.json"
         tokenizer = _package("tokenizers").Tokenizer.from_file(str(tok)) if tok.exists() else None
         return load_weights(folder).to(w.device), tokenizer
-    if cfg.model == Config.model:
-        raise BadInput(
-            f"there is no model in {cfg.model}. Run recurrent_depth.py train first, or pass --model smollm2."
-        )
+    absent = f"there is no model in {cfg.model}. Run recurrent_depth.py train first, or pass --model smollm2."
+    refuse(cfg.model == Config.model, absent)
     weights = open_weights(cfg.model)
     w.print(f"{cfg.model} split {cfg.split} of {weights.config['num_hidden_layers']}, not healed: expect no sense")
     return retrofit(weights.state_dict(), weights.config, cfg.split).eval().to(w.device), weights.tokenizer()
 
 
-def data_for(cfg: Config, model: RecurrentDepthLM, tokenizer):
-    """The rows that fit a model: parity for its vocabulary of 3, else text."""
-    return Parity(cfg) if model.cfg.n_out else Text(cfg, tokenizer)
+def open_both(cfg: Config, w: cluster.World):
+    """The model of --model and rows that fit it: parity for a head of two classes, else text."""
+    model, tokenizer = open_model(cfg, w)
+    return model, Parity(cfg) if model.cfg.n_out else Text(cfg, tokenizer)
 
 
 def evaluate(cfg: Config, w: cluster.World) -> None:
     """Held-out loss and accuracy of --model at each of --num-steps."""
-    model, tokenizer = open_model(cfg, w)
-    cfg = replace(cfg, task="parity" if model.cfg.n_out else "text")
-    measure(cfg, w, model, data_for(cfg, model, tokenizer))
+    measure(cfg, w, *open_both(cfg, w))
 
 
 def generate_text(cfg: Config, w: cluster.World) -> None:
@@ -1657,15 +1533,13 @@ def generate_text(cfg: Config, w: cluster.World) -> None:
     model, tokenizer = open_model(cfg, w)
     if model.cfg.n_out:
         bits = [int(c) for c in cfg.prompt if c in "01"]
-        if not bits:
-            raise BadInput('this model knows bits: give --prompt "0110"')
-        ids, decode = torch.tensor([[2, *bits]]), lambda i: " ".join(map(str, i))
+        refuse(not bits, 'this model knows bits: give --prompt "0110"')
+        ids, decode = [2, *bits], lambda i: " ".join(map(str, i))
     elif tokenizer is None:
-        ids, decode = Tokenizer([]).encode(cfg.prompt)[None], Tokenizer([]).decode
+        ids, decode = Tokenizer([]).encode(cfg.prompt).tolist(), Tokenizer([]).decode
     else:
-        ids, decode = torch.tensor([tokenizer.encode(cfg.prompt).ids]), tokenizer.decode
-    if ids.numel() == 0:
-        raise BadInput("--prompt is empty. Give at least one word.")
+        ids, decode = tokenizer.encode(cfg.prompt).ids, tokenizer.decode
+    refuse(not ids, "--prompt is empty. Give at least one word.")
     rule = None if cfg.exit == "none" else EXITS[cfg.exit](max_entropy=cfg.max_entropy)
     cache = RecurrentCache(cfg.budget or None, "latest" if rule else "exact")
     said, shown, start = [], "", time.perf_counter()
@@ -1679,10 +1553,10 @@ def generate_text(cfg: Config, w: cluster.World) -> None:
             shown = text
 
     w.print(cfg.prompt, "->")
-    out, stats = generate(
-        model, ids.to(w.device), cfg.new, cfg.num_steps[-1], exit=rule, cache=cache, warm_start=cfg.warm_start,
-        draft_steps=cfg.draft or None, temperature=cfg.temperature, generator=cluster.generator(cfg.seed, 6),
-        stream=stream,
+    _, stats = generate(
+        model, torch.tensor([ids], device=w.device), cfg.new, cfg.num_steps[-1], exit=rule, cache=cache,
+        warm_start=cfg.warm_start, draft_steps=cfg.draft or None, temperature=cfg.temperature,
+        generator=cluster.generator(cfg.seed, 6), stream=stream,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     w.print(f"\niterations per token: {' '.join(map(str, stats['iterations']))}")
@@ -1693,40 +1567,33 @@ def generate_text(cfg: Config, w: cluster.World) -> None:
 
 def heal(cfg: Config, w: cluster.World) -> None:
     """Make the Llama of --model recurrent and train it on --data with a rising depth."""
-    if cfg.task != "text":
-        raise BadInput("retrofit trains a language model on text. Pass --preset heal, and what differs from it after.")
+    preset = "retrofit trains a language model on text. Pass --preset heal, and what differs from it after."
+    refuse(cfg.task != "text", preset)
     name = "smollm2" if cfg.model == Config.model else cfg.model
     weights = open_weights(name)
-    tokenizer = weights.tokenizer()
-    model = retrofit(weights.state_dict(), weights.config, cfg.split)
+    model, data = retrofit(weights.state_dict(), weights.config, cfg.split), Text(cfg, weights.tokenizer())
     model.cfg.mean_recurrence, model.cfg.mean_backprop_depth = cfg.r_bar, cfg.k
-    data = Text(cfg, tokenizer)
-    if data.vocab > model.cfg.vocab_size:
-        raise BadInput(f"the tokenizer of {name} has {data.vocab} ids, the model {model.cfg.vocab_size}")
-    w.print(
-        f"{name}: {cfg.split} of {weights.config['num_hidden_layers']} layers, {count(model) / 1e6:.1f} M parameters"
-    )
+    V, layers = model.cfg.vocab_size, weights.config["num_hidden_layers"]
+    refuse(data.vocab > V, f"the tokenizer of {name} has {data.vocab} ids, the model {V}")
+    w.print(f"{name}: {cfg.split} of {layers} layers, {count(model) / 1e6:.1f} M parameters")
     train(cfg, w, data, model)
 
 
 @torch.no_grad()
 def inspect(cfg: Config, w: cluster.World) -> None:
     """By iteration: how alike positions are, how much states move, how far s_128 is, how far another start."""
-    model, tokenizer = open_model(cfg, w)
-    cfg = replace(cfg, task="parity" if model.cfg.n_out else "text")
-    ids = data_for(cfg, model, tokenizer).held_out(8, cfg.length)[0].to(w.device)
-    depths = sorted({*cfg.num_steps})
+    model, data = open_both(cfg, w)
+    ids = data.draw(8, cfg.length)[0].to(w.device)
     *_, (_, end) = unroll(model, ids, 128)
-    gap, before, rows = path_independence(model, ids, depths), None, []
-    for r, s in unroll(model, ids, max(depths)):
-        if r and r in depths:
-            moved, far = ((s - other).norm(dim=-1) / s.norm(dim=-1) for other in (before, end))
-            rows.append(
-                [str(r), float(correlation(s)), moved.mean().item(), far.mean().item(), far.max().item(), gap[r]]
-            )
+    gap, before, lines = path_independence(model, ids, cfg.num_steps), None, []
+    for r, s in unroll(model, ids, max(cfg.num_steps)):
+        if r and r in cfg.num_steps:
+            far = change(s, end)
+            values = correlation(s), change(s, before).mean(), far.mean(), far.max()
+            lines.append([str(r), *(x.item() for x in values), gap[r]])
         before = s
     head = ["r", "token correlation", "residual", "|s_r - s_128|, mean", "worst token", "logits, noise - zero"]
-    w.print(report.table(head, rows))
+    w.print(report.table(head, lines))
 
 
 class StackingCache(RecurrentCache):
@@ -1760,15 +1627,10 @@ def bench(cfg: Config, w: cluster.World) -> None:
     T, r, wide = 512, 8, {"n_embd": 256, "num_attention_heads": 8, "intermediate_size": 704, "block_size": 1024}
     model = RecurrentDepthLM(RecurrentConfig.preset("tiny", **wide), cfg.seed).eval()
     ids = torch.randint(256, (1, T), generator=cluster.generator(cfg.seed))
-    caches = {"one preallocated tensor": RecurrentCache(capacity=T), "tensors stacked at each call": StackingCache()}
-    for cache in caches.values():
+    cases = {"one preallocated tensor": RecurrentCache(capacity=T), "tensors stacked at each call": StackingCache()}
+    for name, cache in cases.items():
         model(ids[:, :-1], r, cache=cache)
-
-    def decode(cache):
-        model(ids[:, -1:], r, cache=cache)
-        cache.length = T - 1
-
-    cases = {name: functools.partial(decode, cache) for name, cache in caches.items()}
+        cases[name] = lambda cache=cache: (model(ids[:, -1:], r, cache=cache), cache.truncate(T - 1))
     seconds = report.timed(cases | {"no cache, prefix recomputed": lambda: model(ids, r)}, device, repeats=15)
     base = seconds["one preallocated tensor"][0]
     w.print(f"{report.device_name(device)}, float32, {count(model)} parameters, T={T}, r={r}, batch 1")
@@ -1776,15 +1638,14 @@ def bench(cfg: Config, w: cluster.World) -> None:
     w.print(report.table(["next token", "ms", "x time"], lines))
     found = {"decode": {n: {"seconds": t, "spread": spread} for n, (t, spread) in seconds.items()}}
     if (Path(cfg.model) / "config.json").exists():
-        model, tokenizer = open_model(cfg, w)
-        ids, labels = data_for(cfg, model, tokenizer).held_out(64, cfg.length)
+        model, data = open_both(cfg, w)
+        rows = data.draw(64, cfg.length)
         rules = {n: make(over="last") for n, make in EXITS.items()}
         rules |= {f"{n}, entropy < 0.1": make(over="last", max_entropy=0.1) for n, make in EXITS.items()}
-        deep = by_depth(model, ids, labels, (32,))[0][32].mean().item()
-        lines = [[n, *f[:2]] for n, f in exits(model, ids, labels, rules).items()]
-        w.print(f"\n{cfg.model}: positions leave one by one, at most 32 iterations; all 32 give accuracy {deep:.3f}")
-        w.print(report.table(["rule", "mean iterations", "accuracy"], lines))
-        found |= {"exits": lines, "accuracy_at_32": deep}
+        deep = by_depth(model, *rows, (32,))[0][32].mean().item()
+        w.print(f"\n{cfg.model}: positions leave one by one; all 32 iterations give accuracy {deep:.3f}")
+        left = exit_table(w, model, {f"{cfg.length} long": rows}, rules)[f"{cfg.length} long"]
+        found |= {"exits": [[n, *f[:2]] for n, f in left.items()], "accuracy_at_32": deep}
     if w.main:
         report.write_json(f"{cfg.out}/bench.json", found)
 
@@ -1795,41 +1656,33 @@ def bench_huginn(cfg: Config, w: cluster.World) -> None:
     with torch.device("meta"):
         model = RecurrentDepthLM(RecurrentConfig.preset("huginn-3.5b")).to(torch.bfloat16).eval()
     c, model = model.cfg, model.to_empty(device=device)
-    model.freq = model.frequencies(c).to(device)
+    model.freq = c.frequencies().to(device)
     for p in model.parameters():
         p.normal_(std=0.01)
     ids = torch.randint(c.vocab_size, (1, T), generator=cluster.generator(cfg.seed)).to(device)
-    core = sum(p.numel() for n, p in model.named_parameters() if "core_block" in n or "adapter" in n)
-    read = 2 * (sum(p.numel() for p in model.parameters()) - core + r * core)  # bytes per token; the head reads wte
-    bandwidth, rows = report.ceilings(device, torch.bfloat16)[0], []
+    s0 = torch.zeros(1, 1, c.n_embd, device=device, dtype=torch.bfloat16)
+    core = count(model.transformer.core_block) + count(model.transformer.adapter)
+    read = 2 * (count(model) - core + r * core)  # bytes per token; the head reads wte
+    bandwidth, lines = report.ceilings(device, torch.bfloat16)[0], []
     for budget in (32, 4, 1):
         cache = RecurrentCache(budget, capacity=T)
         model(ids[:, :-1], r, cache=cache)
-        s0 = torch.zeros(1, 1, c.n_embd, device=device, dtype=torch.bfloat16)
-
-        def step(cache=cache, s0=s0):
-            model(ids[:, -1:], r, s0=s0, cache=cache)
-            cache.length = T - 1
-
+        step = lambda cache=cache: (model(ids[:, -1:], r, s0=s0, cache=cache), cache.truncate(T - 1))
         step()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
         t, spread = report.timed({"graph": graph.replay}, device, repeats=20)["graph"]
-        rows.append(
-            [str(budget), f"{t * 1e3:.1f} ± {spread * 1e3:.1f}", 1 / t, cache.bytes() / 2**20, read / bandwidth / t]
-        )
+        size, share = cache.bytes() / 2**20, read / bandwidth / t
+        lines.append([str(budget), f"{t * 1e3:.1f} ± {spread * 1e3:.1f}", 1 / t, size, share])
     w.print(f"{report.device_name(device)}, bfloat16, T={T}, r={r}, batch 1; copies run at {bandwidth / 1e12:.2f} TB/s")
-    w.print(report.table(["KV budget", "ms per token", "tokens/s", "cache MiB", "of the floor"], rows))
+    w.print(report.table(["KV budget", "ms per token", "tokens/s", "cache MiB", "of the floor"], lines))
     if w.main:
-        report.write_json(f"{cfg.out}/bench.json", {"rows": rows, "bandwidth": bandwidth, "bytes_per_token": read})
+        report.write_json(f"{cfg.out}/bench.json", {"rows": lines, "bandwidth": bandwidth, "bytes_per_token": read})
 
 
 def main(cfg: Config) -> None:
-    modes = {
-        "demo": demo, "train": train, "eval": evaluate, "generate": generate_text, "retrofit": heal, "inspect": inspect,
-        "bench": bench,
-    }  # fmt: skip
+    modes = dict(zip(MODES, (demo, train, evaluate, generate_text, heal, inspect, bench), strict=True))
     with cluster.world(cfg.device) as w:
         modes[cfg.mode](cfg, w)
 

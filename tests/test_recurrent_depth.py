@@ -716,33 +716,27 @@ def test_resume_compares_the_settings():
         R.check_resume(state, replace(SMALL, split=(5, 5, 5)))
 
 
-def test_quarters_of_any_length():
-    rows = R.by_quarter({1: torch.arange(9.0), 4: torch.ones(9)})
-    assert rows[0] == ["all", 4.0, 1.0]
-    assert rows[1:] == [["quarter 1", 1.0, 1.0], ["quarter 2", 3.5, 1.0], ["quarter 3", 5.5, 1], ["quarter 4", 7.5, 1]]
-
-
 def test_alarms():
     same = torch.randn(1, 1, 8).expand(2, 5, 8)
     assert R.correlation(same).item() == pytest.approx(1, abs=1e-5)
     assert R.correlation(torch.eye(5)[None]).item() == pytest.approx(0, abs=1e-6)
     m = tiny()
     out = m(IDS, 3, m.init_state(m.embed(IDS), 0))
-    assert R.residual(out).item() == pytest.approx(
-        ((out.state - out.before).norm(dim=-1) / out.state.norm(dim=-1)).mean().item()
-    )
+    want = ((out.state - out.before).norm(dim=-1) / out.state.norm(dim=-1)).mean().item()
+    assert R.change(out.state, out.before).mean().item() == pytest.approx(want)
     with torch.no_grad():
         m.transformer.adapter.weight[:, :96] = 0  # a core that ignores its state has collapsed
-    assert R.residual(m(IDS, 3)).item() == 0
+    out = m(IDS, 3)
+    assert (R.change(out.state, out.before) == 0).all()
 
 
 def test_text_rows():
     cfg = replace(SMALL, task="text", data=("docs",), length=16)
     data = R.Text(cfg)
-    ids, labels = data.batch(5, 16, 4)
+    ids, labels = data.draw(4, 16, 5)
     assert ids.shape == labels.shape == (4, 16) and torch.equal(ids[:, 1:], labels[:, :-1])
-    assert torch.equal(data.batch(5, 16, 4)[0], ids) and not torch.equal(data.batch(6, 16, 4)[0], ids)
-    x, y = R.Parity.rows(torch.tensor([[1, 0, 1, 1]]))
+    assert torch.equal(data.draw(4, 16, 5)[0], ids) and not torch.equal(data.draw(4, 16, 6)[0], ids)
+    x, y = R.Parity.label(torch.tensor([[1, 0, 1, 1]]))
     assert x.tolist() == [[2, 1, 0, 1, 1]] and y.tolist() == [[-100, 1, 1, 0, 1]]
 
 
