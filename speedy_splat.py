@@ -60,7 +60,6 @@ from common.cli import BadInput, opt
 from common.kernels import splat as kernels
 
 TILES = ("vanilla", "snugbox", "accutile", "pixel")
-BACKENDS = ("auto", "torch", "triton")
 CHANNELS = ("sum", "separate")
 BLACK, WHITE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 
@@ -94,7 +93,7 @@ class Config:
     # the rasteriser
     tiles: str = opt("accutile", "which tiles a Gaussian is listed in", choices=TILES)
     tile: int = opt(8, "pixels along a tile's side: 8 suits a CPU, 16 a GPU")
-    backend: str = opt("auto", "auto: Triton on a GPU, torch elsewhere", choices=BACKENDS)
+    backend: str = opt("auto", "auto: Triton on a GPU, torch elsewhere", choices=kernels.BACKENDS)
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
     threads: int = opt(1, "CPU threads per process; the pieces of work are small, so more gain little")
     # files
@@ -232,14 +231,12 @@ def prune_scores(
     _check_choice("channels", channels, CHANNELS)
     score = torch.zeros_like(model.means[:, 0])
     background, eye = torch.as_tensor(background).to(score), torch.eye(3).to(score)
+    fast = kernels.chosen(backend, score.device)
     for camera in cameras:
         s = project(model, camera, sh_degree)
         for pick in eye.sum(dim=0, keepdim=True) if channels == "sum" else eye:  # dL/dI, the same at every pixel
             g = torch.cat([pick, -(pick * background).sum()[None]])  # and dL/dcoverage
-            if use_triton(backend, s.mean2d.device):
-                score += kernels.score_triton(*_records(s), *camera.size, tile, tiles, g)
-            else:
-                score += _score(s, camera, tile, tiles, g)
+            score += (kernels.score_triton if fast else _score)(s, camera, tile, tiles, g)
     return score
 
 
@@ -448,7 +445,7 @@ class Splats(NamedTuple):
 
 def project(model: GaussianModel, camera: Camera, sh_degree: int | None = None) -> Splats:
     """Project every Gaussian (EWA, Eq. 5 of arXiv:2308.04079). Rows that are not visible hold harmless values."""
-    degree, camera = _degree(model, sh_degree), camera.to(model.means)
+    degree, camera = model.degree if sh_degree is None else min(sh_degree, model.degree), camera.to(model.means)
     fx, fy, cx, cy, Rc = camera.fx, camera.fy, camera.cx, camera.cy, camera.viewmat[:3, :3]
     sane = model.sane()
     all_sane = bool(sane.all())
@@ -475,20 +472,6 @@ def project(model: GaussianModel, camera: Camera, sh_degree: int | None = None) 
     basis = sh_basis(F.normalize(means - camera.centre, dim=-1), degree)
     color = (torch.einsum("nk,nkc->nc", basis, whole(sh, 0.0)) + 0.5).clamp(min=0)
     return Splats(mean2d, z, conic, torch.sigmoid(whole(model.opacity, 0.0)).flatten(), color, visible)
-
-
-def _degree(model: GaussianModel, asked: int | None) -> int:
-    return model.degree if asked is None else min(asked, model.degree)
-
-
-def _project_triton(model: GaussianModel, camera: Camera, sh_degree: int | None) -> Splats:
-    """project without gradients, in one kernel."""
-    c, sh = camera.to(model.means), torch.cat([model.sh_dc, model.sh_rest], dim=1)
-    table, depth, visible = kernels.project_triton(
-        model.means, model.quat, model.scale, model.opacity, sh, c.viewmat, c.fx, c.fy, c.cx, c.cy, *c.size,
-        _degree(model, sh_degree),
-    )  # fmt: skip
-    return Splats(table[:, :2], depth, table[:, 2:5], table[:, 5], table[:, 6:], visible)
 
 
 # ---- the model: blending
@@ -635,25 +618,12 @@ def _table(s: Splats) -> Tensor:
     return torch.cat([rows, pad])
 
 
-def _records(s: Splats) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernels take: table (N, 9), depth, visible."""
-    return torch.cat([s.mean2d, s.conic, s.opacity[:, None], s.color], dim=1), s.depth, s.visible
-
-
 class Render(NamedTuple):
     image: Tensor  # (H, W, 3)
     final_T: Tensor  # (H, W)
     mean2d: Tensor  # (N, 2); its .grad is there after a backward pass
     n_tiles: Tensor  # (N,) tiles of each Gaussian; 0 for those culled
     pairs: int
-
-
-def use_triton(backend: str, device: torch.device) -> bool:
-    """Whether to take the Triton kernels. ValueError: an unknown backend, or no Triton here."""
-    _check_choice("backend", backend, BACKENDS)
-    if backend == "triton" and not kernels.available(device):
-        raise BadInput(f"backend triton needs a GPU and the package triton; here is {device}. Use backend torch.")
-    return backend == "triton" or (backend == "auto" and device.type == "cuda" and kernels.available(device))
 
 
 def render(
@@ -665,8 +635,10 @@ def render(
     ValueError: unknown tiles or backend, or too many pairs.
     """
     _check_choice("tiles", tiles, TILES)
-    fast = use_triton(backend, model.means.device) and not torch.is_grad_enabled()
-    s = (_project_triton if fast else project)(model, camera, sh_degree)
+    if kernels.chosen(backend, model.means.device) and not torch.is_grad_enabled():
+        s = Splats(*kernels.project_triton(model, camera, sh_degree))
+    else:
+        s = project(model, camera, sh_degree)
     if s.mean2d.requires_grad:
         s.mean2d.retain_grad()
     return rasterize(s, camera, background=background, tiles=tiles, backend=backend, tile=tile)
@@ -674,8 +646,8 @@ def render(
 
 def rasterize(s: Splats, camera: Camera, *, background, tiles: str, backend: str, tile: int) -> Render:
     """Tiles, order and blending of projected Gaussians."""
-    if use_triton(backend, s.mean2d.device):
-        layer, n_tiles, pairs = kernels.rasterize_triton(*_records(s), *camera.size, tile, tiles)
+    if kernels.chosen(backend, s.mean2d.device):
+        layer, n_tiles, pairs = kernels.rasterize_triton(s, camera, tile, tiles)
     else:
         ids, starts = bin_pairs(s, camera, tile, tiles)
         columns, _ = camera.grid(tile)
@@ -1419,7 +1391,7 @@ def render_sharded(
         here = s.visible.nonzero().flatten()
         _, g = tile_pairs(s.mean2d[here], s.conic[here], s.opacity[here], *camera.size, tile, tiles)
         n_tiles = torch.bincount(here[g], minlength=len(model))
-        records.append(torch.cat([_records(s)[0], s.depth[:, None]], dim=1)[n_tiles > 0])  # (n, 10)
+        records.append(torch.cat([kernels.table(s), s.depth[:, None]], dim=1)[n_tiles > 0])  # (n, 10)
         seen.append((s.mean2d, n_tiles))
     send = torch.tensor([len(r) for r in records], device=w.device)
     receive = _all_to_all(send, [1] * w.size, [1] * w.size)
@@ -1949,10 +1921,10 @@ def _lists(s: Splats, camera: Camera, cfg: Config, mode: str) -> tuple[int, Call
     """Of the backend in use: tile side, a function that lists and sorts the pairs, one that blends what it returns."""
     device = s.mean2d.device
     tile = 16 if camera.width > 128 or device.type == "cuda" else cfg.tile
-    if use_triton(cfg.backend, device):
-        records = _records(s)
-        lists = lambda: kernels.tile_lists_triton(*records, *camera.size, tile, mode)
-        return tile, lists, lambda found: kernels.BlendTriton.apply(records[0], found, *camera.size, tile, False)
+    if kernels.chosen(cfg.backend, device):
+        table = kernels.table(s)
+        lists = lambda: kernels.tile_lists_triton(table, s.depth, s.visible, *camera.size, tile, mode)
+        return tile, lists, lambda found: kernels.BlendTriton.apply(table, found, *camera.size, tile, False)
     table, (columns, _) = _table(s), camera.grid(tile)
     return tile, lambda: bin_pairs(s, camera, tile, mode), lambda found: Blend.apply(table, *found, tile, columns)
 
@@ -2033,8 +2005,8 @@ def bench_gsplat(model: GaussianModel, camera: Camera, w: cluster.World) -> str:
 @torch.no_grad()
 def bench_stages(model: GaussianModel, camera: Camera, cfg: Config, w: cluster.World) -> list[list]:
     """Where a frame's time goes, in AccuTile mode, beside the floor of bytes that each stage must move."""
-    look = partial(_project_triton if use_triton(cfg.backend, w.device) else project, model, camera, None)
-    s = look()
+    look = partial(kernels.project_triton if kernels.chosen(cfg.backend, w.device) else project, model, camera)
+    s = Splats(*look())
     tile, lists, blend = _lists(s, camera, cfg, "accutile")
     found, pairs = lists(), count_pairs(s, camera, tile)["accutile"]
     t = report.timed({"project": look, "tiles, sort": lists, "blend": lambda: blend(found)}, w.device, 20)

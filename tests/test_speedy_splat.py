@@ -349,16 +349,16 @@ def test_kernel_scores_switches_and_empty_views():
         )
         torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
     s = S.project(model, camera)
-    records = [x.detach() for x in S._records(s)]
     grads = []
     for atomics in (False, True):
-        table = records[0].clone().requires_grad_()
-        layer, _, _ = kernels.rasterize_triton(table, *records[1:], 29, 21, 8, "accutile", atomics)
-        layer.square().sum().backward()
-        grads.append(table.grad)
+        leaves = [x.detach().requires_grad_() for x in (s.mean2d, s.conic, s.opacity, s.color)]
+        again = s._replace(**dict(zip(("mean2d", "conic", "opacity", "color"), leaves, strict=True)))
+        kernels.rasterize_triton(again, camera, 8, "accutile", atomics)[0].square().sum().backward()
+        grads.append([x.grad for x in leaves])
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
     g = torch.ones(4)
-    a, b = (kernels.score_triton(*records, 29, 21, 8, "pixel", g, atomics=x) for x in (False, True))
+    with torch.no_grad():
+        a, b = (kernels.score_triton(s, camera, 8, "pixel", g, atomics=x) for x in (False, True))
     torch.testing.assert_close(a, b)
     away = replace(camera, viewmat=torch.diag(torch.tensor([1.0, 1, -1, 1])) @ camera.viewmat)
     r = S.render(model, away, backend="triton", background=(0.1, 0.2, 0.3))
@@ -367,8 +367,7 @@ def test_kernel_scores_switches_and_empty_views():
     with pytest.raises(S.BadInput, match="tiles of 4, 8, 16 or 32"):
         S.render(model, camera, backend="triton", tile=12)
     with pytest.raises(ValueError, match="no_grad"):
-        kernels.project_triton(*(model.raw[k] for k in ("means", "quat", "scale", "opacity", "sh_dc")), camera.viewmat,
-                               1.0, 1.0, 0.0, 0.0, 8, 8, 0)  # fmt: skip
+        kernels.project_triton(model, camera)
 
 
 def test_kernel_tiles_on_the_hand_made_cases():

@@ -20,14 +20,19 @@ try:
 except ImportError:  # macOS has no wheel
     triton = None
 
-MODES = ("vanilla", "snugbox", "accutile", "pixel")
+MODES, BACKENDS = ("vanilla", "snugbox", "accutile", "pixel"), ("auto", "torch", "triton")
 MAX_PAIRS = 2**31 - 1
 FIELDS = 9  # u, v, A, B, C, o, r, g, b of a row of the table
 
 
-def available(device: torch.device) -> bool:
-    """True when the kernels can run on this device: Triton is installed, and it is a GPU or the interpreter is on."""
-    return triton is not None and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+def chosen(backend: str, device: torch.device) -> bool:
+    """Whether to take the kernels: auto does on a GPU that has Triton. BadInput: unknown backend, or no Triton here."""
+    can = triton is not None and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+    if backend not in BACKENDS:
+        raise BadInput(f"unknown backend {backend!r}; choose from {', '.join(BACKENDS)}")
+    if backend == "triton" and not can:
+        raise BadInput(f"backend triton needs a GPU and the package triton; here is {device}. Use backend torch.")
+    return backend == "triton" or (backend == "auto" and device.type == "cuda" and can)
 
 
 if triton is not None:
@@ -309,32 +314,35 @@ if triton is not None:
             at += K
 
 
-def project_triton(
-    means: Tensor, quat: Tensor, scale: Tensor, opacity: Tensor, sh: Tensor, viewmat: Tensor,
-    fx: float, fy: float, cx: float, cy: float, width: int, height: int, degree: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Raw parameters of N Gaussians -> table (N, 9), depth (N,), visible (N,) bool. Forward only.
+def project_triton(model, camera, sh_degree: int | None = None) -> tuple[Tensor, ...]:
+    """The fields of project's Splats, mean2d, depth, conic, opacity, color, visible. Forward only.
 
-    ValueError: an input is not contiguous float32, or tracks gradients (the torch twin does that).
+    ValueError: a raw tensor is not contiguous float32, or tracks gradients (the torch twin does that).
     """
-    inputs = (means, quat, scale, opacity, sh)
+    sh, degree = torch.cat([model.sh_dc, model.sh_rest], dim=1), model.degree
+    inputs, n, device = (model.means, model.quat, model.scale, model.opacity, sh), len(model.means), model.means.device
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         raise ValueError("project_triton has no backward pass. Call it under torch.no_grad(), or use project to train.")
     if any(x.dtype != torch.float32 or not x.is_contiguous() for x in inputs):
-        raise ValueError(f"project_triton needs contiguous float32 tensors, got {[str(x.dtype) for x in inputs]}")
-    n, device = len(means), means.device
-    table = torch.empty(n, FIELDS, device=device)
+        raise BadInput(f"project_triton needs contiguous float32 tensors, got {[str(x.dtype) for x in inputs]}")
+    out = torch.empty(n, FIELDS, device=device)
     depth, visible = torch.empty(n, device=device), torch.empty(n, dtype=torch.int8, device=device)
-    R, t = viewmat[:3, :3].float(), viewmat[:3, 3].float()
-    camera = torch.cat([R.flatten(), t, -R.T @ t]).contiguous().to(device)
-    more_x, more_y = 0.15 * width / fx, 0.15 * height / fy
+    R, t = camera.viewmat[:3, :3].float(), camera.viewmat[:3, 3].float()
+    pose = torch.cat([R.flatten(), t, -R.T @ t]).contiguous().to(device)
+    fx, fy, cx, cy = camera.fx, camera.fy, camera.cx, camera.cy
+    (width, height), more_x, more_y = camera.size, 0.15 * camera.width / fx, 0.15 * camera.height / fy
     limits = -cx / fx - more_x, (width - cx) / fx + more_x, -cy / fy - more_y, (height - cy) / fy + more_y
     if n:
         _project_kernel[(triton.cdiv(n, 256),)](
-            means, quat, scale, opacity, sh, camera, table, depth, visible, n, fx, fy, cx, cy, *limits,
-            DEGREE=degree, COEFFICIENTS=sh.shape[1], BLOCK=256,
+            *inputs, pose, out, depth, visible, n, fx, fy, cx, cy, *limits,
+            DEGREE=degree if sh_degree is None else min(sh_degree, degree), COEFFICIENTS=sh.shape[1], BLOCK=256,
         )  # fmt: skip
-    return table, depth, visible.bool()
+    return out[:, :2], depth, out[:, 2:5], out[:, 5], out[:, 6:], visible.bool()
+
+
+def table(s) -> Tensor:
+    """What the other kernels take of Splats: (N, 9)."""
+    return torch.cat([s.mean2d, s.conic, s.opacity[:, None], s.color], dim=1)
 
 
 def _check(table: Tensor, tile: int, mode: str) -> None:
@@ -407,17 +415,9 @@ class BlendTriton(torch.autograd.Function):
         layer = table.new_zeros(height, width, 4)
         if len(lists["ids"]):
             _blend_kernel[(len(lists["starts"]) - 1,)](
-                table,
-                lists["ids"],
-                lists["starts"],
-                layer,
-                width,
-                height,
-                -(-width // tile),
-                TILE=tile,
-                K=16,
+                table, lists["ids"], lists["starts"], layer, width, height, -(-width // tile), TILE=tile, K=16,
                 num_warps=4,
-            )
+            )  # fmt: skip
         ctx.save_for_backward(table, layer)
         ctx.lists, ctx.setting = lists, (width, height, tile, atomics)
         return layer
@@ -431,25 +431,21 @@ class BlendTriton(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-def rasterize_triton(
-    table: Tensor, depth: Tensor, visible: Tensor, width: int, height: int, tile: int, mode: str, atomics: bool = False
-) -> tuple[Tensor, Tensor, int]:
-    """Layer (H, W, 4), tiles per Gaussian (N,), pairs; differentiable in the table (N, 9).
+def rasterize_triton(s, camera, tile: int, mode: str, atomics: bool = False) -> tuple[Tensor, Tensor, int]:
+    """Splats -> layer (H, W, 4), tiles per Gaussian (N,), pairs; differentiable in mean2d, conic, opacity, color.
 
-    atomics: sum gradients with atomic adds, whose last bits change from run to run. ValueError: tile, dtype or mode.
+    atomics: sum gradients with atomic adds, whose last bits change from run to run. BadInput: tile, dtype or mode.
     """
-    lists = tile_lists_triton(table.detach().contiguous(), depth.detach(), visible, width, height, tile, mode)
-    layer = BlendTriton.apply(table, lists, width, height, tile, atomics)
-    n_tiles = torch.zeros(len(table), dtype=torch.int64, device=table.device)
+    rows = table(s)
+    lists = tile_lists_triton(rows.detach(), s.depth.detach(), s.visible, *camera.size, tile, mode)
+    layer = BlendTriton.apply(rows, lists, *camera.size, tile, atomics)
+    n_tiles = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
     return layer, n_tiles.index_copy_(0, lists["order"], lists["counts"]), len(lists["ids"])
 
 
-def score_triton(
-    table: Tensor, depth: Tensor, visible: Tensor, width: int, height: int, tile: int, mode: str, g: Tensor,
-    atomics: bool = False,
-) -> Tensor:  # fmt: skip
+def score_triton(s, camera, tile: int, mode: str, g: Tensor, atomics: bool = False) -> Tensor:
     """Sum over pixels of (o dL/dalpha)^2 per Gaussian, (N,), for one dL/dlayer g (4,) at every pixel."""
-    table = table.contiguous()
-    lists = tile_lists_triton(table, depth, visible, width, height, tile, mode)
-    layer = BlendTriton.apply(table, lists, width, height, tile, atomics)
-    return _back(table, lists, g.expand_as(layer), layer, (width, height), tile, True, atomics)[:, 0]
+    rows = table(s)
+    lists = tile_lists_triton(rows, s.depth, s.visible, *camera.size, tile, mode)
+    layer = BlendTriton.apply(rows, lists, *camera.size, tile, atomics)
+    return _back(rows, lists, g.expand_as(layer), layer, camera.size, tile, True, atomics)[:, 0]
