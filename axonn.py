@@ -95,7 +95,7 @@ class Config:
     weight_decay: float = opt(0.1, "of matrices")
     clip: float = opt(1.0, "largest gradient norm")
     seed: int = opt(0, "seed of the weights and the data order")
-    device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
+    device: str = opt("auto", "where to run; the demo's auto is the CPU", choices=("auto", "cpu", "cuda"))
     out: str = opt("results/axonn", "folder of what the run writes, and of the run to resume")
     resume: bool = opt(False, "train: go on from the checkpoint in --out, on this grid or another")
     save_every: int = opt(50, "steps between checkpoints; 0 writes only the last")
@@ -134,55 +134,25 @@ class Config:
 # torch 2.13 renames the two flat collectives
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_GROUPS: dict = {}  # process groups by their ranks; making one is collective and slow, and grids share them
-_LOGS: list["CommLog"] = []  # the active ones
+_GROUPS: dict = {}  # process groups by world and ranks; making one is collective and slow, and grids share them
 
 
 def _group(ranks: tuple, spare: bool, backend: str | None):
     """The process group of these global ranks; `spare` asks for a second one. None for a single rank. Collective."""
-    if _GROUPS.get("world") is not dist.group.WORLD:
-        _GROUPS.clear()
-        _GROUPS["world"] = dist.group.WORLD
     if len(ranks) == 1:
         return None
     if len(ranks) == dist.get_world_size() and not spare and backend is None:
         return dist.group.WORLD
-    key = (ranks, spare, backend)
+    key = (dist.group.WORLD, ranks, spare, backend)
     if key not in _GROUPS:
         _GROUPS[key] = dist.new_group(ranks, backend=backend)
     return _GROUPS[key]
 
 
-class CommLog:
-    """Context that counts the collectives of this rank: calls, wire elements and bytes by (collective, axis).
-
-    A ring of n ranks sends per rank 2 (n-1)/n of an all-reduce's elements, (n-1)/n of a reduce-scatter's input, n - 1
-    shards of an all-gather. `seconds` is the time this process stood waiting, which is all of it without overlap.
-    """
-
-    def __init__(self):
-        self.calls, self.elements, self.bytes = defaultdict(int), defaultdict(Fraction), defaultdict(Fraction)
-        self.seconds = 0.0
-
-    def __enter__(self) -> "CommLog":
-        _LOGS.append(self)
-        return self
-
-    def __exit__(self, *_):
-        _LOGS.remove(self)
-
-    def _add(self, kind: str, axis: str, n: int, x: Tensor) -> None:
-        wire = {"all_reduce": Fraction(2 * (n - 1), n), "reduce_scatter": Fraction(n - 1, n), "all_gather": n - 1}
-        count = wire[kind] * x.numel()
-        self.calls[kind, axis] += 1
-        self.elements[kind, axis] += count
-        self.bytes[kind, axis] += count * x.element_size()
-
-
 class _Work:
     """A collective under way. Holds its tensors until wait(), which must run before anyone reads the result."""
 
-    def __init__(self, work, *kept: Tensor):
+    def __init__(self, work=None, *kept: Tensor):
         self.work, self.kept = work, kept
 
     def wait(self) -> None:
@@ -206,54 +176,53 @@ class Grid:
     ValueError: a size that is no positive integer, or sizes that do not multiply to the number of ranks.
     """
 
-    def __init__(
-        self, gx: int = 1, gy: int = 1, gz: int = 1, gdata: int = 1, *, backend: str | None = None, ranks=None
-    ):
+    def __init__(self, gx: int = 1, gy: int = 1, gz: int = 1, gdata: int = 1, *, backend=None, ranks=None):
         self.dims = (gx, gy, gz, gdata)
         for axis, g in zip(("gx", "gy", "gz", "gdata"), self.dims, strict=True):
             if type(g) is not int or g < 1:
                 raise ValueError(f"{axis} must be an integer of at least 1, got {g!r} in grid {self}")
         self.size = math.prod(self.dims)
+        start = f"torchrun --nproc-per-node {self.size} axonn.py ..."
         if not dist.is_initialized():
             if self.size > 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                raise ValueError(
-                    f"grid {self} needs {self.size} ranks and there is no process group. "
-                    f"Start them: torchrun --nproc-per-node {self.size} axonn.py ..."
-                )
+                raise BadInput(f"grid {self} needs {self.size} ranks and there is no process group. Start: {start}")
             dist.init_process_group(backend or "gloo", rank=0, world_size=1, store=dist.HashStore())
         ranks = tuple(range(dist.get_world_size()) if ranks is None else ranks)
         if self.size != len(ranks):
-            raise ValueError(
-                f"grid {self} needs {self.size} ranks, but world size is {len(ranks)}. Change --grid or start "
-                f"{self.size}: torchrun --nproc-per-node {self.size} axonn.py ..."
-            )
-        self.device = torch.device("cuda", torch.cuda.current_device()) if _on_gpu() else torch.device("cpu")
+            needs = f"grid {self} needs {self.size} ranks, but world size is {len(ranks)}"
+            raise BadInput(f"{needs}. Change --grid or start {self.size}: {start}")
+        on_gpu = dist.get_backend() == "nccl"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         place = torch.arange(self.size).reshape(gdata, gz, gy, gx)
-        rows = {"x": place, "y": place.transpose(2, 3), "z": place.movedim(1, 3), "d": place.movedim(0, 3)}
-        rows = {axis: p.reshape(-1, p.shape[3]).tolist() for axis, p in rows.items()}
-        rows["t"] = place.reshape(gdata, -1).tolist()  # the ranks of one model replica
-        self.n = dict(zip("xyzdt", (*self.dims, gx * gy * gz), strict=True))
-        me, self.member, self.groups = dist.get_rank(), dist.get_rank() in ranks, {}
+        self.n = dict(zip("xyzdt", (*self.dims, gx * gy * gz), strict=True))  # t: the ranks of one model replica
+        self.groups, me = {}, dist.get_rank()
         for name in ("x", "y", "z", "d", "t", "z2"):  # z2: prefetched gathers must not queue behind reduce-scatters
-            for row in rows[name[0]]:
-                group = _group(tuple(ranks[i] for i in row), name == "z2", backend)
-                if me in (ranks[i] for i in row):
+            axis = "dzyx".find(name[0])
+            rows = (place if name == "t" else place.movedim(axis, 3)).reshape(-1, self.n[name[0]])
+            for row in rows.tolist():
+                row = tuple(ranks[i] for i in row)
+                group = _group(row, name == "z2", backend)
+                if me in row:
                     self.groups[name] = group
+        self.member = me in ranks
         if self.member:
-            i = ranks.index(me)
-            self.x, self.y, self.z, self.d = i % gx, i // gx % gy, i // (gx * gy) % gz, i // (gx * gy * gz)
+            self.d, self.z, self.y, self.x = (place == ranks.index(me)).nonzero()[0].tolist()
             self.data_shard, self.num_data_shards = self.d * gz + self.z, gz * gdata
 
     def __str__(self):
-        return "x".join(str(g) for g in self.dims)
+        return "x".join(map(str, self.dims))
+
+    def _start(self, kind: str, axis: str, x: Tensor, call: Callable, *args, group: str = "") -> _Work:
+        """Count a collective whose input is x, and start it."""
+        for log in _LOGS:
+            log.add(kind, axis, self.n[axis], x)
+        return _Work(call(*args, group=self.groups[group or axis], async_op=True), *args)
 
     def all_reduce(self, x: Tensor, axis: str, op=dist.ReduceOp.SUM, wait: bool = True) -> _Work:
         """Reduce contiguous x in place over the ranks along `axis`, one of x y z d t."""
         if self.n[axis] == 1:
-            return _Work(None)
-        for log in _LOGS:
-            log._add("all_reduce", axis, self.n[axis], x)
-        work = _Work(dist.all_reduce(x, op, group=self.groups[axis], async_op=True), x)
+            return _Work()
+        work = self._start("all_reduce", axis, x, dist.all_reduce, x, op)
         if wait:
             work.wait()
         return work
@@ -261,20 +230,16 @@ class Grid:
     def all_gather(self, shard: Tensor, prefetch: bool = False) -> tuple[Tensor, _Work]:
         """The flat chunks (c,) of all z joined, (Gz c,)."""
         if self.n["z"] == 1:
-            return shard, _Work(None)
-        for log in _LOGS:
-            log._add("all_gather", "z", self.n["z"], shard)
-        whole, group = shard.new_empty(shard.numel() * self.n["z"]), self.groups["z2" if prefetch else "z"]
-        return whole, _Work(_all_gather(whole, shard, group=group, async_op=True), shard, whole)
+            return shard, _Work()
+        whole, group = shard.new_empty(shard.numel() * self.n["z"]), "z2" if prefetch else "z"
+        return whole, self._start("all_gather", "z", shard, _all_gather, whole, shard, group=group)
 
     def reduce_scatter(self, whole: Tensor) -> tuple[Tensor, _Work]:
         """Sum of whole (Gz c,) over z, of which this rank gets chunk z, (c,)."""
         if self.n["z"] == 1:
-            return whole, _Work(None)
-        for log in _LOGS:
-            log._add("reduce_scatter", "z", self.n["z"], whole)
+            return whole, _Work()
         chunk = whole.new_empty(whole.numel() // self.n["z"])
-        return chunk, _Work(_reduce_scatter(chunk, whole, group=self.groups["z"], async_op=True), whole, chunk)
+        return chunk, self._start("reduce_scatter", "z", whole, _reduce_scatter, chunk, whole)
 
     def total(self, x: Tensor) -> Tensor:
         """Sum of x over the shards of the batch (Z and data), as a new tensor. X and Y hold the same already."""
@@ -284,91 +249,10 @@ class Grid:
         return x
 
 
-def _on_gpu() -> bool:
-    return dist.get_backend() == "nccl"
-
-
 def grids(size: int, powers: bool = False) -> list[tuple[int, int, int, int]]:
     """All (Gx, Gy, Gz, Gdata) of `size` ranks; `powers` keeps powers of two."""
     parts = [n for n in range(1, size + 1) if size % n == 0 and not (powers and n & (n - 1))]
     return [g for g in itertools.product(parts, repeat=4) if math.prod(g) == size]
-
-
-# ---- the method: where a rank's part of a tensor lies
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A rank's part of one parameter: columns col .. col+cols of some rows of each piece, then flat chunk z of Gz.
-
-    pieces: (name, shape of the whole tensor, first row here, rows here) - a fused matrix has several, and rows past the
-    end of the whole tensor are padding. A vector is a matrix with one column. The chunks are of the row-major
-    (rows, cols) block, padded with zeros to Gz equal ones.
-    """
-
-    pieces: tuple
-    col: int
-    cols: int
-    z: int = 0
-    gz: int = 1
-
-    @property
-    def rows(self) -> int:
-        return sum(p[3] for p in self.pieces)
-
-    @property
-    def size(self) -> int:
-        """Elements that this rank stores."""
-        return -(-self.rows * self.cols // self.gz)
-
-    def boxes(self) -> Iterator[tuple]:
-        """(name, shape, first element here, row, column, rows, columns) of each box of a whole tensor stored here."""
-        start = -self.z * self.size  # of the piece, in this rank's chunk
-        for name, shape, row, rows in self.pieces:
-            a = max(0, -start)
-            b = min(self.size - start, self.cols * min(rows, max(0, shape[0] - row)))
-            while a < b:
-                r, c = divmod(a, self.cols)
-                n = min(self.cols - c, b - a) if c or b - a < self.cols else (b - a) // self.cols * self.cols
-                yield name, shape, start + a, row + r, self.col + c, max(1, n // self.cols), min(n, self.cols)
-                a += n
-            start += rows * self.cols
-
-    def fill(self, flat: Tensor, get: Callable) -> Tensor:
-        """flat (size,) from get(name, rows, cols), slices of the whole tensor. Padding becomes zero."""
-        with torch.no_grad():
-            flat.zero_()
-            for name, shape, at, r, c, nr, nc in self.boxes():
-                cols = (slice(c, c + nc),) if len(shape) == 2 else ()
-                flat[at : at + nr * nc] = get(name, slice(r, r + nr), *cols).reshape(-1).to(flat)
-        return flat
-
-
-def normal(name: str, shape: tuple, rows: slice, cols: slice, std: float, seed: int) -> Tensor:
-    """Rows and columns of the matrix that `name` starts from, the same on every grid, drawn 256 rows at a time."""
-    step, drawn = 256, []
-    for first in range(rows.start // step * step, rows.stop, step):
-        g = cluster.generator(seed, zlib.crc32(name.encode()), first)
-        block = torch.randn(step, shape[1], generator=g)  # (256, k), more rows than the whole has at its end
-        drawn.append(block[max(0, rows.start - first) : rows.stop - first, cols])
-    return torch.cat(drawn) * std
-
-
-def _parameter(grid: Grid, layout: Layout, kind: str, split: str, get: Callable, dtype, device) -> nn.Parameter:
-    """A flat parameter. kind: matrix (weight decay) or vector. split: axes of xyz along which parts differ."""
-    flat = torch.empty(layout.size, dtype=dtype or torch.get_default_dtype(), device=device or grid.device)
-    p = nn.Parameter(layout.fill(flat, get))
-    p.where, p.kind, p.split = layout, kind, split
-    return p
-
-
-def _part(name: str, what: str, n: int, grid: Grid, axis: str) -> int:
-    if n % grid.n[axis]:
-        raise ValueError(
-            f"layer {name or '(unnamed)'}: {n} {what} cannot be split over G{axis} = {grid.n[axis]} of grid {grid}. "
-            f"Choose a G{axis} that divides {n}."
-        )
-    return n // grid.n[axis]
 
 
 # ---- the method: 3D layers
@@ -428,12 +312,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy):
         """dO (m, n/Gx) -> dI (m, k/Gy); dW goes to weight.grad by reduce-scatter."""
         layer, (x, W), dy = ctx.layer, ctx.saved_tensors, dy.contiguous()
-        grid, flight, dx, work = layer.grid, layer.flight, None, None
+        grid, flight, dx, work = layer.grid, layer.flight, None, _Work()
         need_x, need_w = ctx.needs_input_grad[0], layer.weight.requires_grad
-
-        def dW():
-            layer.scatter(layer.matmul["dW"](dy.T, x))  # dO^T I: (n/Gx, k/Gy)
-
+        dW = lambda: layer.scatter(layer.matmul["dW"](dy.T, x))  # dO^T I: (n/Gx, k/Gy)
         first = need_w and flight is not None and flight.ors and grid.n[layer.axis_out] == 1
         if first:
             dW()  # no all-reduce to hide, so the reduce-scatter hides behind dO W
@@ -443,8 +324,7 @@ class _Linear(torch.autograd.Function):
             work = grid.all_reduce(dx, layer.axis_out, wait=flight is None or not flight.oar)
         if need_w and not first:
             dW()
-        if work is not None:
-            work.wait()
+        work.wait()
         return dx, None, None
 
 
@@ -472,30 +352,23 @@ class Linear3D(Sharded):
         k, pieces = _part(name, "input features", in_features, grid, self.axis_in), []
         for part, n in (parts or {name: out_features}).items():
             padded = -(-n // grid.n[self.axis_out]) * grid.n[self.axis_out] if pad else n
-            n_local = _part(part, "output features", padded, grid, self.axis_out)
-            pieces.append((f"{part}.weight", (n, in_features), here_out * n_local, n_local))
-        self.in_local, self.out_local = k, sum(p[3] for p in pieces)
+            rows = _part(part, "output features", padded, grid, self.axis_out)
+            pieces.append((f"{part}.weight", (n, in_features), here_out * rows, rows))
+        self.in_local, self.out_local, self.bias = k, sum(p[3] for p in pieces), None
         if tied is not None:
             self.weight = tied.weight
         else:
-            shapes = {p[0]: p[1] for p in pieces}
-            get = lambda name, rows, cols: normal(name, shapes[name], rows, cols, init_std, seed)
-            layout = Layout(tuple(pieces), here_in * k, k, grid.z, grid.n["z"])
-            self.weight = _parameter(grid, layout, "matrix", "xyz", get, dtype, device)
-        self.bias = None
+            self.weight = _matrix(grid, pieces, here_in * k, k, init_std, seed, dtype, device)
         if bias:
-            rows = tuple((n.removesuffix("weight") + "bias", s[:1], r, nr) for n, s, r, nr in pieces)
-            zero = lambda name, rows: torch.zeros(rows.stop - rows.start)
-            self.bias = _parameter(grid, Layout(rows, 0, 1), "vector", self.axis_out, zero, dtype, device)
+            pieces = [(name.removesuffix("weight") + "bias", s[:1], *rows) for name, s, *rows in pieces]
+            self.bias = _vector(grid, pieces, self.axis_out, 0.0, dtype, device)
         self.matmul = dict.fromkeys(("O", "dI", "dW"), torch.matmul)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., k/Gy) -> (..., n/Gx)."""
         if x.shape[-1] != self.in_local or x.numel() == 0:
-            raise ValueError(
-                f"layer {self.name or '(unnamed)'} on grid {self.grid} takes (..., {self.in_local}) with at least one "
-                f"token, got {tuple(x.shape)}"
-            )
+            raise ValueError(f"layer {self.name or '(unnamed)'} on grid {self.grid} takes (..., {self.in_local}) with "
+                             f"at least one token, got {tuple(x.shape)}")  # fmt: skip
         y = _Linear.apply(x.reshape(-1, self.in_local), self.weight, self)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)  # after the all-reduce: every rank along it adds the same bias once
@@ -537,17 +410,14 @@ class Embedding3D(Sharded):
         device=None, seed: int = 0, out_dtype=None,
     ):  # fmt: skip
         super().__init__()
-        self.grid, self.vocab, self.out_dtype = grid, vocab, out_dtype
         n, k = -(-vocab // grid.n["x"]), _part(name, "features", dim, grid, "y")
-        self.first = grid.x * n
-        get = lambda name, rows, cols: normal(name, (vocab, dim), rows, cols, init_std, seed)
-        layout = Layout(((f"{name}.weight", (vocab, dim), self.first, n),), grid.y * k, k, grid.z, grid.n["z"])
-        self.weight = _parameter(grid, layout, "matrix", "xyz", get, dtype, device)
+        self.grid, self.vocab, self.out_dtype, self.first = grid, vocab, out_dtype, grid.x * n
+        pieces = [(f"{name}.weight", (vocab, dim), self.first, n)]
+        self.weight = _matrix(grid, pieces, grid.y * k, k, init_std, seed, dtype, device)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) int64 -> (..., h/Gy)."""
-        bad = (ids < 0) | (ids >= self.vocab)
-        _check_ids(bad, ids, f"token id outside [0, {self.vocab})")
+        _check_ids((ids < 0) | (ids >= self.vocab), ids, f"token id outside [0, {self.vocab})")
         return _Embedding.apply(self.weight, ids, self, self.out_dtype or self.weight.dtype)
 
 
@@ -564,8 +434,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, grid, h, eps):
         """x (..., h/Gy), weight and bias (h/Gy,), wide; two all-reduces of one number a token, RMSNorm one."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        c = x.to(wide)
+        c = x.to(torch.promote_types(x.dtype, torch.float32))
         if bias is not None:
             mean = c.sum(dim=-1, keepdim=True)  # (..., 1)
             grid.all_reduce(mean, "y")
@@ -602,25 +471,20 @@ class LayerNorm3D(nn.Module):
 
     def __init__(self, grid: Grid, dim: int, eps: float = 1e-5, *, name: str = "norm", dtype=None, device=None):
         super().__init__()
-        self.grid, self.dim, self.eps = grid, dim, eps
-        k = _part(name, "features", dim, grid, "y")
-        make = lambda what, value: _parameter(
-            grid, Layout(((f"{name}.{what}", (dim,), grid.y * k, k),), 0, 1), "vector", "y",
-            lambda _, rows: torch.full((rows.stop - rows.start,), value), dtype, device,
+        self.grid, self.dim, self.eps, k = grid, dim, eps, _part(name, "features", dim, grid, "y")
+        make = lambda what, value: _vector(
+            grid, [(f"{name}.{what}", (dim,), grid.y * k, k)], "y", value, dtype, device
         )  # fmt: skip
         self.weight, self.bias = make("weight", 1.0), make("bias", 0.0) if self.centre else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Statistics in fp32 at least, result in the dtype of x."""
-        weight, bias = self.weight, self.bias
         if self.grid.n["y"] > 1:
-            return _Norm.apply(x, weight, bias, self.grid, self.dim, self.eps)
-        weight, bias = (
-            weight.to(x.dtype),
-            None if bias is None else bias.to(x.dtype),
-        )  # one kernel where one rank has all
-        norm = F.layer_norm if self.centre else lambda x, shape, weight, _, eps: F.rms_norm(x, shape, weight, eps)
-        return norm(x, (self.dim,), weight, bias, self.eps)
+            return _Norm.apply(x, self.weight, self.bias, self.grid, self.dim, self.eps)
+        weight = self.weight.to(x.dtype)  # one kernel where one rank has all
+        if self.bias is None:
+            return F.rms_norm(x, (self.dim,), weight, self.eps)
+        return F.layer_norm(x, (self.dim,), weight, self.bias.to(x.dtype), self.eps)
 
 
 class RMSNorm3D(LayerNorm3D):
@@ -636,7 +500,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx, logits, targets, grid, ignore_index):
         """logits (m, V/Gx), targets (m,) -> (m,)."""
         v, wide = logits.shape[1], torch.promote_types(logits.dtype, torch.float32)
-        keep, local = targets != ignore_index, targets - grid.x * logits.shape[1]
+        keep, local = targets != ignore_index, targets - grid.x * v
         mine = keep & (local >= 0) & (local < v)
         local = torch.where(mine, local, 0)
         m = logits.amax(dim=1).to(wide)  # (m,)
@@ -650,8 +514,7 @@ class _CrossEntropy(torch.autograd.Function):
         grid.all_reduce(st, "x")
         bad = keep & ((targets < 0) | (targets >= v * grid.n["x"]) | st[1].isneginf())  # padded logits are -inf
         _check_ids(bad, targets, "target outside the vocabulary and not ignore_index")
-        lse = st[0].log() + m
-        ctx.save_for_backward(logits, lse, keep, mine, local)
+        ctx.save_for_backward(logits, st[0].log() + m, keep, mine, local)
         return torch.where(keep, st[0].log() - st[1], 0)
 
     @staticmethod
@@ -675,13 +538,10 @@ def vocab_parallel_cross_entropy(
     mask differently. IndexError: a target that is no token and not ignore_index. ValueError: another reduction, shapes.
     """
     if reduction not in ("sum", "none"):
-        raise ValueError(
-            f"unknown reduction {reduction!r}; choose sum or none, and divide by global_count for the mean"
-        )
+        raise ValueError(f"unknown reduction {reduction!r}; choose sum or none; for the mean divide by global_count")
     if logits.shape[:-1] != targets.shape or not targets.numel():
-        raise ValueError(
-            f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)} do not fit, or have no token"
-        )
+        shapes = f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}"
+        raise ValueError(f"{shapes} do not fit, or have no token")
     loss = _CrossEntropy.apply(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), grid, ignore_index)  # (m,)
     return loss.sum() if reduction == "sum" else loss.reshape(targets.shape)
 
@@ -699,10 +559,97 @@ def check_same_tokens(ids: Tensor, grid: Grid) -> None:
         grid.all_reduce(low, axis, dist.ReduceOp.MIN)
         grid.all_reduce(high, axis, dist.ReduceOp.MAX)
         if low != high:
-            raise RuntimeError(
-                f"ranks along {axis.upper()} of grid {grid} were given different tokens. All X and Y ranks of a data "
-                f"shard must read the same rows: those of grid.data_shard."
-            )
+            raise RuntimeError(f"ranks along {axis.upper()} of grid {grid} were given different tokens. All X and Y "
+                               f"ranks of a data shard must read the same rows: those of grid.data_shard.")  # fmt: skip
+
+
+# ---- the method: where a rank's part of a tensor lies
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A rank's part of one parameter: columns col .. col+cols of some rows of each piece, then flat chunk z of Gz.
+
+    pieces: (name, shape of the whole tensor, first row here, rows here) - a fused matrix has several, and rows past the
+    end of the whole tensor are padding. A vector is a matrix with one column. The chunks are of the row-major
+    (rows, cols) block, padded with zeros to Gz equal ones.
+    """
+
+    pieces: tuple
+    col: int
+    cols: int
+    z: int = 0
+    gz: int = 1
+
+    @property
+    def rows(self) -> int:
+        return sum(p[3] for p in self.pieces)
+
+    @property
+    def size(self) -> int:
+        """Elements that this rank stores."""
+        return -(-self.rows * self.cols // self.gz)
+
+    def boxes(self) -> Iterator[tuple]:
+        """(name, shape, first element here, row, column, rows, columns) of each box of a whole tensor stored here."""
+        start = -self.z * self.size  # of the piece, in this rank's chunk
+        for name, shape, row, rows in self.pieces:
+            a = max(0, -start)
+            b = min(self.size - start, self.cols * min(rows, max(0, shape[0] - row)))
+            while a < b:
+                r, c = divmod(a, self.cols)
+                n = min(self.cols - c, b - a) if c or b - a < self.cols else (b - a) // self.cols * self.cols
+                yield name, shape, start + a, row + r, self.col + c, max(1, n // self.cols), min(n, self.cols)
+                a += n
+            start += rows * self.cols
+
+    @torch.no_grad()
+    def fill(self, flat: Tensor, get: Callable) -> Tensor:
+        """flat (size,) from get(name, rows, cols), slices of the whole tensor. Padding becomes zero."""
+        flat.zero_()
+        for name, shape, at, r, c, nr, nc in self.boxes():
+            cols = (slice(c, c + nc),) if len(shape) == 2 else ()
+            flat[at : at + nr * nc] = get(name, slice(r, r + nr), *cols).reshape(-1).to(flat)
+        return flat
+
+
+def normal(name: str, shape: tuple, rows: slice, cols: slice, std: float, seed: int) -> Tensor:
+    """Rows and columns of the matrix that `name` starts from, the same on every grid, drawn 256 rows at a time."""
+    step, drawn = 256, []
+    for first in range(rows.start // step * step, rows.stop, step):
+        g = cluster.generator(seed, zlib.crc32(name.encode()), first)
+        block = torch.randn(step, shape[1], generator=g)  # (256, k), more rows than the whole has at its end
+        drawn.append(block[max(0, rows.start - first) : rows.stop - first, cols])
+    return torch.cat(drawn) * std
+
+
+def _parameter(grid: Grid, layout: Layout, kind: str, split: str, get: Callable, dtype, device) -> nn.Parameter:
+    """A flat parameter. kind: matrix (weight decay) or vector. split: axes of xyz along which parts differ."""
+    flat = torch.empty(layout.size, dtype=dtype or torch.get_default_dtype(), device=device or grid.device)
+    p = nn.Parameter(layout.fill(flat, get))
+    p.where, p.kind, p.split = layout, kind, split
+    return p
+
+
+def _matrix(grid, pieces: list, col: int, cols: int, std: float, seed: int, dtype, device, split="xyz") -> nn.Parameter:
+    """A normal start, the same on every grid; chunks over Z where `split` has it."""
+    chunk = (grid.z, grid.n["z"]) if "z" in split else (0, 1)
+    shapes = {name: shape for name, shape, *_ in pieces}
+    get = lambda name, rows, cols: normal(name, shapes[name], rows, cols, std, seed)
+    return _parameter(grid, Layout(tuple(pieces), col, cols, *chunk), "matrix", split, get, dtype, device)
+
+
+def _vector(grid, pieces: list, axis: str, value: float, dtype, device) -> nn.Parameter:
+    """One value everywhere to begin with; parts along `axis`, equal on all other ranks."""
+    get = lambda name, rows: torch.full((rows.stop - rows.start,), value)
+    return _parameter(grid, Layout(tuple(pieces), 0, 1), "vector", axis, get, dtype, device)
+
+
+def _part(name: str, what: str, n: int, grid: Grid, axis: str) -> int:
+    if n % grid.n[axis]:
+        raise ValueError(f"layer {name or '(unnamed)'}: {n} {what} cannot be split over G{axis} = {grid.n[axis]} of "
+                         f"grid {grid}. Choose a G{axis} that divides {n}.")  # fmt: skip
+    return n // grid.n[axis]
 
 
 # ---- the method: communication hidden behind computation
@@ -712,49 +659,31 @@ def _layers(model: nn.Module) -> list[Sharded]:
     return [m for m in model.modules() if isinstance(m, Sharded)]
 
 
-def _vectors(model: nn.Module) -> list[nn.Parameter]:
-    """Trained parameters that backward leaves summed over local tokens only: biases, norms, positions."""
-    own = {id(layer.weight) for layer in _layers(model)}
-    return [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-
-
 def _grid_of(model: nn.Module) -> Grid:
     return next(m.grid for m in model.modules() if hasattr(m, "grid"))
 
 
-def _final(g: Tensor) -> bool | None:
-    """True: synchronised; False: synchronised and then changed; None: not yet."""
-    return g.final == g._version if hasattr(g, "final") else None
-
-
-def _seal(g: Tensor) -> None:
-    g.final = g._version
-
-
 class _Reduction:
-    """Sum of some gradients over data (and Z before it), flattened into one buffer."""
+    """Sum of some gradients over data (and Z before it), flattened into one buffer. Final gradients carry a mark."""
 
     def __init__(self, grid: Grid, params: list[nn.Parameter], axes: str):
-        self.params = [p for p in params if p.grad is not None and not _final(p.grad)]
-        if any(_final(p.grad) is False for p in self.params):
+        trained = [p for p in dict.fromkeys(params) if p.grad is not None]  # a tied weight once
+        self.params = [p for p in trained if getattr(p.grad, "final", None) != p.grad._version]
+        if any(hasattr(p.grad, "final") for p in self.params):
             raise RuntimeError("gradients were synchronised and then added to. Call zero_grad() after each step.")
-        self.works, self.flat = [], None
-        axes = [a for a in axes if grid.n[a] > 1]
-        if axes and self.params:
-            self.flat = torch.cat([p.grad for p in self.params])
-            for a in axes[:-1]:
-                grid.all_reduce(self.flat, a)
-            self.works.append(grid.all_reduce(self.flat, axes[-1], wait=False))
+        axes = [a for a in axes if grid.n[a] > 1 and self.params]
+        self.flat = torch.cat([p.grad for p in self.params]) if axes else None
+        self.works = [grid.all_reduce(self.flat, a, wait=a != axes[-1]) for a in axes]
 
     def finish(self) -> None:
         """Put the sums in place of the gradients."""
         for work in self.works:
             work.wait()
-        if self.flat is not None:
+        if self.works:
             for p, g in zip(self.params, self.flat.split([p.numel() for p in self.params]), strict=True):
                 p.grad.copy_(g)
         for p in self.params:
-            _seal(p.grad)
+            p.grad.final = p.grad._version
 
 
 def _buckets(model: nn.Module) -> dict[str, list[Sharded]]:
@@ -766,8 +695,14 @@ def _buckets(model: nn.Module) -> dict[str, list[Sharded]]:
     return buckets
 
 
-def _weights(layers: list[Sharded]) -> list[nn.Parameter]:
-    return list({id(layer.weight): layer.weight for layer in layers}.values())  # a tied weight once
+def _reduce_weights(grid: Grid, layers: list[Sharded]) -> _Reduction:
+    return _Reduction(grid, [layer.weight for layer in layers], "d")
+
+
+def _reduce_vectors(model: nn.Module) -> _Reduction:
+    """Biases, norms, positions: backward leaves them summed over local tokens only."""
+    own = {id(layer.weight) for layer in _layers(model)}
+    return _Reduction(_grid_of(model), [p for p in model.parameters() if p.requires_grad and id(p) not in own], "zd")
 
 
 def sync_gradients(model: nn.Module) -> None:
@@ -776,9 +711,8 @@ def sync_gradients(model: nn.Module) -> None:
     Again without a new backward does nothing. RuntimeError: gradients were added to after it, or overlap() is open.
     """
     _check_landed(model)
-    grid = _grid_of(model)
-    under_way = [_Reduction(grid, _weights(layers), "d") for layers in _buckets(model).values()]
-    for r in [*under_way, _Reduction(grid, _vectors(model), "zd")]:
+    under_way = [_reduce_weights(_grid_of(model), layers) for layers in _buckets(model).values()]
+    for r in [*under_way, _reduce_vectors(model)]:
         r.finish()
 
 
@@ -788,34 +722,33 @@ class _Flight:
     def __init__(self, model: nn.Module, oar: bool, ors: bool, oag: bool, micro_batches: int):
         self.model, self.oar, self.ors, self.oag, self.micro_batches = model, oar, ors, oag, micro_batches
         self.grid, self.buckets = _grid_of(model), _buckets(model)
+        self.bucket_of = {layer: name for name, layers in self.buckets.items() for layer in layers}
         self.order = model.__dict__.setdefault("_gather_order", [])  # who gathered when in the context before
-        self.at, self.ahead = 0, None  # place in `order`; (layer, dtype, whole, work) of the prefetch
+        self.at, self.ahead = 0, (None, None, _Work())  # place in `order`; the prefetch: (layer, dtype), whole, work
         self.scatters, self.seen, self.ready, self.reductions = [], defaultdict(int), [], {}
 
     def gather(self, layer: Sharded, dtype: torch.dtype) -> Tensor:
         """The whole flat block of `layer`; then start the gather that followed this one last time."""
-        ahead, self.ahead = self.ahead, None
-        if ahead is not None and ahead[:2] == (layer, dtype):
-            whole, work = ahead[2:]
-        else:
-            if ahead is not None:
-                ahead[3].wait()
+        key, whole, work = self.ahead
+        self.ahead = (None, None, _Work())
+        if key != (layer, dtype):
+            work.wait()
             whole, work = self.grid.all_gather(layer.weight.detach().to(dtype))
         if self.order[self.at : self.at + 1] != [(layer, dtype)]:  # first time, or another order than before
             self.order[self.at :] = [(layer, dtype)]
         self.at += 1
         if self.oag and self.at < len(self.order):
             then, dtype = self.order[self.at]
-            self.ahead = (then, dtype, *self.grid.all_gather(then.weight.detach().to(dtype), prefetch=True))
+            self.ahead = ((then, dtype), *self.grid.all_gather(then.weight.detach().to(dtype), prefetch=True))
         work.wait()
         return whole
 
     def scattered(self, layer: Sharded, chunk: Tensor, work: _Work) -> None:
         """A reduce-scatter was started; land it now without ors. Start the data all-reduce of buckets that are full."""
-        self.scatters.append((layer, chunk, work))
+        name = self.bucket_of[layer]
+        self.scatters.append((name, layer, chunk, work))
         if not self.ors:
             self.land()
-        name = next(n for n, layers in self.buckets.items() if layer in layers)
         self.seen[name] += 1
         uses = self.micro_batches * len(self.buckets[name])
         if self.micro_batches and self.seen[name] > uses:
@@ -825,28 +758,27 @@ class _Flight:
                 self.reduce(full)
             self.ready = [name]
 
-    def land(self, name: str = "") -> None:
+    def land(self, bucket: str = "") -> None:
         """Wait for the reduce-scatters of one bucket, or all, and add them to the gradients, in their order."""
-        mine = [s for s in self.scatters if not name or s[0] in self.buckets[name]]
-        self.scatters = [s for s in self.scatters if name and s[0] not in self.buckets[name]]
-        for layer, chunk, work in mine:
-            work.wait()
-            _accumulate(layer.weight, chunk)
+        for name, layer, chunk, work in self.scatters:
+            if bucket in ("", name):
+                work.wait()
+                _accumulate(layer.weight, chunk)
+        self.scatters = [s for s in self.scatters if bucket not in ("", s[0])]
 
     def reduce(self, name: str) -> None:
         self.land(name)
-        self.reductions[name] = _Reduction(self.grid, _weights(self.buckets[name]), "d")
+        self.reductions[name] = _reduce_weights(self.grid, self.buckets[name])
 
     def finish(self) -> None:
         """Wait for everything; the gradients are final."""
-        if self.ahead is not None:
-            self.ahead[3].wait()
+        self.ahead[2].wait()
         del self.order[self.at :]
         self.land()
         for name in self.buckets:
             if name not in self.reductions:
                 self.reduce(name)
-        for r in [*self.reductions.values(), _Reduction(self.grid, _vectors(self.model), "zd")]:
+        for r in [*self.reductions.values(), _reduce_vectors(self.model)]:
             r.finish()
 
 
@@ -890,18 +822,17 @@ def clip_grad_norm_(model: nn.Module, max_norm: float) -> float:
     grid, total = _grid_of(model), 0.0
     params = [p for p in model.parameters() if p.grad is not None]
     for p in params:
-        if not _final(p.grad):
+        if getattr(p.grad, "final", None) != p.grad._version:
             raise RuntimeError("gradients are not synchronised. Call sync_gradients(model) after backward().")
         copies = math.prod(grid.n[a] for a in "xyz" if a not in p.split)  # ranks of T that hold the same values
         total = total + p.grad.square().sum(dtype=torch.promote_types(p.dtype, torch.float32)) / copies
     total = torch.as_tensor(total, device=grid.device).reshape(1)
     grid.all_reduce(total, "t")
     norm = math.sqrt(total.item()) if total.isfinite() else float(total)
-    if math.isfinite(norm) and norm > 0:
-        scale = min(1.0, max_norm / (norm + 1e-6))
+    if math.isfinite(norm):
         for p in params:
-            p.grad.mul_(scale)
-            _seal(p.grad)
+            p.grad.mul_(min(1.0, max_norm / (norm + 1e-6)))
+            p.grad.final = p.grad._version
     return norm
 
 
@@ -919,6 +850,262 @@ def adamw(model: nn.Module, lr: float, weight_decay: float = 0.1, **options) -> 
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, fused=fused, **options)
     optimizer.register_step_pre_hook(lambda *_: _check_landed(model))
     return optimizer
+
+
+# ---- the method: which grid is fastest
+
+_LOGS: list["CommLog"] = []  # the active ones
+WIRE = {  # what a ring of n ranks sends per rank for each element that a rank puts in
+    "all_reduce": lambda n: Fraction(2 * (n - 1), n),
+    "reduce_scatter": lambda n: Fraction(n - 1, n),
+    "all_gather": lambda n: Fraction(n - 1),
+}
+
+
+class CommLog:
+    """Context that counts the collectives of this rank: calls, wire elements and bytes by (collective, axis).
+
+    `seconds` is the time this process stood waiting: all of it without overlap, none with NCCL, where the device waits.
+    """
+
+    def __init__(self):
+        self.calls, self.elements, self.bytes = defaultdict(int), defaultdict(Fraction), defaultdict(Fraction)
+        self.seconds = 0.0
+
+    def __enter__(self) -> "CommLog":
+        _LOGS.append(self)
+        return self
+
+    def __exit__(self, *_):
+        _LOGS.remove(self)
+
+    def add(self, kind: str, axis: str, n: int, x: Tensor) -> None:
+        count = WIRE[kind](n) * x.numel()
+        self.calls[kind, axis] += 1
+        self.elements[kind, axis] += count
+        self.bytes[kind, axis] += count * x.element_size()
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the model of communication knows of a machine: bandwidths in GB/s (1e9 bytes), latency in seconds.
+
+    intra_table  {(P, G): GB/s} of a ring of G ranks inside a node, each P ranks apart, all sibling rings running
+    intra_bw     instead of keys that the table lacks; 0 makes a missing key an error
+    alpha        seconds per collective and member. rates: {(collective, ranks): (seconds a call, bytes/s)} if measured
+    """
+
+    gpus_per_node: int
+    inter_bw: float
+    intra_table: dict = field(default_factory=dict)
+    alpha: float = 0.0
+    intra_bw: float = 0.0
+    rates: dict = field(default_factory=dict)
+
+    def bandwidth(self, axis: int, dims: tuple) -> float:
+        """Bytes per second of a ring along an axis (0..3 for x y z data). ValueError: the table lacks it."""
+        before, g = math.prod(dims[:axis]), dims[axis]
+        if before * g > self.gpus_per_node:  # crosses nodes: the node's rings share its network
+            return 1e9 * self.inter_bw / min(self.gpus_per_node, before)
+        found = self.intra_table.get((before, g), self.intra_bw)
+        if not found:
+            known = ", ".join(map(str, sorted(self.intra_table))) or "none"
+            raise BadInput(f"no bandwidth for rings of {g} ranks, {before} apart, inside a node (key ({before}, {g})). "
+                           f"Known: {known}. Give --intra-bw GB/s to use for all others.")  # fmt: skip
+        return 1e9 * found
+
+
+MACHINES = {
+    "perlmutter": Machine(4, 80.0, {(1, 2): 76.0, (1, 4): 225.0, (2, 2): 76.0}),
+    "frontier": Machine(
+        8, 40.0, {(1, 2): 129.0, (1, 4): 52.0, (1, 8): 135.0, (2, 2): 50.0, (2, 4): 72.0, (4, 2): 36.0}
+    ),
+}
+
+
+def machine(name: str) -> Machine:
+    """A machine of the table. ValueError lists the known ones."""
+    if name not in MACHINES:
+        other = "--machine other with --gpus-per-node, --inter-bw and --intra-bw"
+        raise BadInput(f"unknown machine {name!r}; known: {', '.join(MACHINES)}. Another one: {other}.")
+    return MACHINES[name]
+
+
+def ring_terms(cfg: "GPTConfig", dims: tuple, m: float) -> Iterator[tuple]:
+    """The paper's five terms of each product of a block, for m tokens a rank: (term, collective, axis, elements in)."""
+    n = dict(zip("xyzd", dims, strict=True))
+    for k, o, transposed in cfg.products():
+        over_k, over_o = "xy" if transposed else "yx"
+        k, o = k // n[over_k], o // n[over_o]
+        chunk = -(-k * o // n["z"])
+        yield "ag_z", "all_gather", "z", chunk
+        yield "rs_z", "reduce_scatter", "z", chunk * n["z"]
+        yield "ar_fwd", "all_reduce", over_k, m * o
+        yield "ar_bwd", "all_reduce", over_o, m * k
+        yield "ar_data", "all_reduce", "d", chunk
+
+
+def predict_comm_time(
+    cfg: "GPTConfig", tokens: int, dims: tuple, machine: Machine, *, c_ag: int = 2, c_fwd: int = 1, b: int = 2,
+    b_g: int = 2,
+) -> dict:  # fmt: skip
+    """Seconds of communication of a step by the paper's ring model: ag_z, rs_z, ar_fwd, ar_bwd, ar_data, total.
+
+    c_ag 2: weights gathered again in backward; c_fwd 2: recomputation repeats the forward all-reduce. b bytes per
+    weight and activation, b_g per gradient over data. Left out: embedding, head, norms, overlap, latency if alpha is 0.
+    """
+    t = dict.fromkeys(("ag_z", "rs_z", "ar_fwd", "ar_bwd", "ar_data"), 0.0)
+    times, width = {"ag_z": c_ag, "ar_fwd": c_fwd}, {"ar_data": b_g}
+    for term, kind, axis, numel in ring_terms(cfg, dims, tokens / (dims[2] * dims[3])):
+        i = "xyzd".index(axis)
+        if (g := dims[i]) > 1:
+            seconds = float(WIRE[kind](g)) * numel * width.get(term, b) / machine.bandwidth(i, dims) + machine.alpha * g
+            t[term] += cfg.n_layer * times.get(term, 1) * seconds
+    return {**t, "total": sum(t.values())}
+
+
+def rank_configs(
+    cfg: "GPTConfig", world: int, sequences: int, machine: Machine, *, min_tp: int = 1, top_k: int = 10,
+    powers: bool = True, **opts,
+) -> list:  # fmt: skip
+    """[(dims, seconds, parts)] of the grids of `world` ranks that fit, best first, ties by dims. Try the first few.
+
+    min_tp: least Gx Gy Gz, so that the model fits in memory. powers: only powers of two where world is one.
+    ValueError: no grid fits.
+    """
+    fit = [
+        d for d in grids(world, powers and world & (world - 1) == 0)
+        if d[0] * d[1] * d[2] >= min_tp and sequences % (d[2] * d[3]) == 0 and not cfg.misfit(d[0], d[1])
+    ]  # fmt: skip
+    if not fit:
+        heads = f"{cfg.n_head} heads, {cfg.kv_head} key/value heads, width {cfg.d_model}"
+        raise BadInput(f"no grid of {world} ranks fits: {sequences} sequences, Gx Gy Gz >= {min_tp}, {heads}. "
+                       f"Change --world or --sequences.")  # fmt: skip
+    timed = [(d, predict_comm_time(cfg, sequences * cfg.seq, d, machine, **opts)) for d in fit]
+    return sorted(((d, t["total"], t) for d, t in timed), key=lambda row: row[:2][::-1])[:top_k]
+
+
+def volume(cfg: "GPTConfig", rows: int, dims: tuple) -> dict:
+    """{(collective, axis): (calls, wire elements)} per rank of one training step here: everything CommLog counts.
+
+    rows of cfg.seq tokens over all ranks, one micro-batch, all weights trained, the loss summed for the log once.
+    """
+    n = dict(zip("xyzd", dims, strict=True)) | {"t": math.prod(dims[:3])}
+    m, h, V = rows * cfg.seq // (n["z"] * n["d"]), cfg.d_model // n["y"], -(-cfg.vocab // n["x"])
+    out = defaultdict(lambda: (0, Fraction(0)))
+
+    def add(kind: str, axis: str, numel: int, calls: int = 1) -> None:
+        if n[axis] > 1:
+            before = out[kind, axis]
+            out[kind, axis] = (before[0] + calls, before[1] + calls * numel * WIRE[kind](n[axis]))
+
+    L, stats, chunk = cfg.n_layer, 2 if cfg.norm == "layernorm" else 1, -(-h * V // n["z"])
+    again = 2 if cfg.checkpoint else 1  # forward passes of a block
+    calls = {"ag_z": 2 if cfg.checkpoint or not cfg.cache_weights else 1, "ar_fwd": again}
+    terms = list(ring_terms(cfg, dims, m))
+    for term, kind, axis, numel in terms:
+        if term != "ar_data":
+            add(kind, axis, numel, L * calls.get(term, 1))
+    add("all_reduce", "d", sum(numel for term, *_, numel in terms if term == "ar_data"), L)  # a call a block
+    add("all_reduce", "d", chunk, 1 if cfg.tied else 2)  # embedding and head
+    add("all_gather", "z", chunk, 3)  # the embedding's forward, the head's forward and backward
+    add("reduce_scatter", "z", n["z"] * chunk, 2)
+    add("all_reduce", "x", m * h, 2)  # the embedding forward, the head backward
+    add("all_reduce", "y", m * V)  # the head forward
+    add("all_reduce", "y", m, stats * (2 * L * again + 1))  # norms forward, a call a statistic
+    add("all_reduce", "y", stats * m, 2 * L + 1)  # and backward, one for all
+    add("all_reduce", "x", m)  # cross-entropy: the largest logit, then both sums
+    add("all_reduce", "x", 2 * m)
+    biases = sum(o // n["y" if transposed else "x"] for _, o, transposed in cfg.products()) if cfg.bias else 0
+    vectors = L * biases + stats * h * (2 * L + 1) + (cfg.seq * h if cfg.pos == "learned" else 0)
+    for axis in "zd":
+        add("all_reduce", axis, vectors)
+        add("all_reduce", axis, 1, 2)  # the count of targets and the loss
+    add("all_reduce", "t", 1)  # the gradient norm
+    return dict(out)
+
+
+def calibrate(grid: Grid, small: int = 256, large: int = 2**18, repeats: int = 9) -> Machine:
+    """This machine's latency and bandwidth per collective and number of ranks, all sibling groups running. Collective.
+
+    small, large: elements (fp32) of the two message sizes between which the line is laid. A matrix product runs before
+    every call, as in a step, so that ranks arrive unevenly; its own time is taken off.
+    """
+    rates, a = {}, torch.randn(256, 256).to(grid.device)
+    for n in (n for n in range(2, grid.size + 1) if grid.size % n == 0):
+        g = Grid(1, 1, n, grid.size // n, ranks=range(grid.size))
+        if not g.member:
+            continue
+        calls = {
+            "all_reduce": lambda x, g=g: g.all_reduce(x, "z", dist.ReduceOp.MAX),
+            "all_gather": lambda x, g=g, n=n: g.all_gather(x[: len(x) // n])[1].wait(),
+            "reduce_scatter": lambda x, g=g: g.reduce_scatter(x)[1].wait(),
+        }
+        x = {size: torch.ones(size // n * n, device=g.device) for size in (small, large)}
+        cases = {(kind, size): lambda fn=fn, x=x[size]: (a @ a, fn(x)) for kind, fn in calls.items() for size in x}
+        took = report.timed({"product": lambda: a @ a, **cases}, g.device, repeats)
+        took = {case: t - took["product"][0] for case, (t, _) in took.items()}
+        for kind in calls:
+            wire = 4 * (2 if kind == "all_reduce" else 1) * (n - 1) / n  # bytes per element
+            beta = wire * (large - small) / max(1e-6, took[kind, large] - took[kind, small])
+            rates[kind, n] = (max(0.0, took[kind, small] - wire * small / beta), beta)
+    return Machine(grid.size, 1.0, intra_bw=1.0, rates=rates)
+
+
+def predict_measured(cfg: "GPTConfig", rows: int, dims: tuple, machine: Machine, b: int = 4) -> float:
+    """Seconds of communication of a step from calibrate's rates: every call's latency and every byte of volume()."""
+    n = dict(zip("xyzd", dims, strict=True)) | {"t": math.prod(dims[:3])}
+    return sum(
+        calls * machine.rates[kind, n[axis]][0] + b * float(elements) / machine.rates[kind, n[axis]][1]
+        for (kind, axis), (calls, elements) in volume(cfg, rows, dims).items()
+    )
+
+
+# ---- the method: which way to multiply is fastest
+
+_TUNED: dict[tuple, str] = {}
+VARIANTS = {  # of C = A B; copies are part of the cost
+    "default": lambda a, b: a @ b,
+    "NN": lambda a, b: a.contiguous() @ b.contiguous(),
+    "NT": lambda a, b: a.T.contiguous().T @ b.contiguous(),
+    "TN": lambda a, b: a.contiguous() @ b.T.contiguous().T,
+}
+VARIANTS |= {f"{name} of C^T": lambda a, b, fn=fn: fn(b.T, a.T).T for name, fn in list(VARIANTS.items())}
+
+
+def time_matmul(a: Tensor, b: Tensor, repeats: int = 20) -> dict[str, float]:
+    """Median seconds of each variant of a (m, k) @ b (k, n)."""
+    cases = {name: functools.partial(fn, a, b) for name, fn in VARIANTS.items()}
+    return {name: t for name, (t, _) in report.timed(cases, a.device, repeats, warmup=5).items()}
+
+
+def tune_matmul(a: Tensor, b: Tensor, repeats: int = 20) -> Callable:
+    """The fastest way on this device to multiply matrices laid out like a and b; rank 0 decides for all. Collective."""
+    key = (a.shape, b.shape, a.stride(), b.stride(), a.dtype, a.device.type)
+    if key not in _TUNED:
+        took = time_matmul(a, b, repeats)
+        best = [min(took, key=took.get)]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast_object_list(best, src=0)
+        _TUNED[key] = best[0]
+    return VARIANTS[_TUNED[key]]
+
+
+def layer_products(m: int, k: int, n: int, dtype: torch.dtype, device) -> dict[str, tuple[Tensor, Tensor]]:
+    """Operands of a layer's three products for m tokens, laid out as in training: O, dI, dW."""
+    x, W, dy = (torch.randn(shape, device=device).to(dtype) for shape in ((m, k), (n, k), (m, n)))
+    return {"O": (x, W.T), "dI": (dy, W), "dW": (dy.T, x)}
+
+
+def tune(model: "GPT3D", rows: int) -> dict[str, int]:
+    """Choose the products O, dI, dW of every layer for `rows` local rows; returns how often each variant won."""
+    won = defaultdict(int)
+    for layer in (layer for layer in _layers(model) if isinstance(layer, Linear3D)):
+        shape = (rows * model.cfg.seq, layer.in_local, layer.out_local)
+        for kind, (a, b) in layer_products(*shape, model.dtype, model.grid.device).items():
+            layer.matmul[kind] = tune_matmul(a, b)
+            won[next(name for name, fn in VARIANTS.items() if fn is layer.matmul[kind])] += 1
+    return dict(won)
 
 
 # ---- the model
@@ -954,32 +1141,27 @@ class GPTConfig:
     def __post_init__(self):
         self.kv_head, self.d_ff = self.kv_head or self.n_head, self.d_ff or 4 * self.d_model
         if not self.head_dim and self.d_model % self.n_head:
-            raise ValueError(
-                f"d_model {self.d_model} is not a multiple of n_head {self.n_head}. Give head_dim, or change one."
-            )
+            sizes = f"d_model {self.d_model} is not a multiple of n_head {self.n_head}"
+            raise ValueError(f"{sizes}. Give head_dim, or change one.")
         self.head_dim = self.head_dim or self.d_model // self.n_head
-        for name, value, known in (
-            ("norm", self.norm, ("layernorm", "rmsnorm")), ("pos", self.pos, ("learned", "rope")),
-            ("mlp", self.mlp, ("gelu", "swiglu")), ("dtype", self.dtype, ("float64", "float32", "bfloat16", "float16")),
-        ):  # fmt: skip
-            if value not in known:
-                raise ValueError(f"unknown {name} {value!r}; choose from {', '.join(known)}")
+        families = {"norm": ("layernorm", "rmsnorm"), "pos": ("learned", "rope"), "mlp": ("gelu", "swiglu")}
+        for name, known in families.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(known)}")
         if self.n_head % self.kv_head:
             raise ValueError(f"{self.n_head} query heads do not share {self.kv_head} key/value heads evenly")
 
     @classmethod
     def from_hf(cls, c: dict, **changes) -> "GPTConfig":
         """From the keys of a Llama-family config.json."""
-        heads = c["num_attention_heads"]
         if c.get("attention_bias") or c.get("mlp_bias"):
-            raise BadInput(
-                "attention_bias and mlp_bias of this config.json are not supported, only Llama without biases"
-            )
+            raise BadInput("attention_bias and mlp_bias of this config.json are not supported, only Llama without them")
+        same = {"n_layer": "num_hidden_layers", "d_model": "hidden_size", "n_head": "num_attention_heads",
+                "vocab": "vocab_size", "d_ff": "intermediate_size"}  # fmt: skip
         return cls(**{
-            "n_layer": c["num_hidden_layers"], "d_model": c["hidden_size"], "n_head": heads, "vocab": c["vocab_size"],
-            "seq": c.get("max_position_embeddings", 2048), "kv_head": c.get("num_key_value_heads") or heads,
-            "d_ff": c["intermediate_size"], "head_dim": c.get("head_dim") or 0, "norm": "rmsnorm", "pos": "rope",
-            "mlp": "swiglu", "bias": False, "tied": bool(c.get("tie_word_embeddings")),
+            **{ours: c[theirs] for ours, theirs in same.items()}, "norm": "rmsnorm", "pos": "rope", "mlp": "swiglu",
+            "bias": False, "seq": c.get("max_position_embeddings", 2048), "kv_head": c.get("num_key_value_heads") or 0,
+            "head_dim": c.get("head_dim") or 0, "tied": bool(c.get("tie_word_embeddings")),
             "eps": c.get("rms_norm_eps", 1e-5), "rope_theta": c.get("rope_theta", 1e4),
             "rope_scaling": c.get("rope_scaling"), **changes,
         })  # fmt: skip
@@ -992,30 +1174,64 @@ class GPTConfig:
 
     def misfit(self, gx: int, gy: int) -> str:
         """Why Gx or Gy does not divide this model; empty if they do."""
-        for what, n, g in (
-            ("query heads", self.n_head, gx), ("key/value heads", self.kv_head, gx), ("MLP columns", self.d_ff, gx),
-            ("hidden features", self.d_model, gx), ("hidden features", self.d_model, gy),
+        for what, n, axis, g in (
+            ("query heads", self.n_head, "Gx", gx), ("key/value heads", self.kv_head, "Gx", gx),
+            ("MLP columns", self.d_ff, "Gx", gx), ("hidden features", self.d_model, "Gx", gx),
+            ("hidden features", self.d_model, "Gy", gy),
         ):  # fmt: skip
             if n % g:
-                axis = "Gx" if g == gx else "Gy"
                 return f"{n} {what} cannot be split over {axis} = {g}"
         return ""
 
 
-PRESETS = {
-    "tiny": GPTConfig(2, 64, 8, vocab=512, seq=64),
-    "1.3B": GPTConfig(24, 2048, 16),
-    **{name: GPTConfig(*sizes, init_std=0.006, tied=True) for name, sizes in {
-        "5B": (24, 4096, 32), "10B": (32, 5120, 40), "20B": (32, 7168, 56), "40B": (38, 9216, 72),
-        "60B": (56, 9216, 72), "80B": (42, 12288, 96), "160B": (84, 12288, 96),
-        "320B": (96, 16384, 128), "640B": (192, 16384, 128),
-    }.items()},
+SIZES = {  # layers, width, heads, and the least Gx Gy Gz on 40 GB in the released benchmark scripts
+    "5B": (24, 4096, 32, 4), "10B": (32, 5120, 40, 8), "20B": (32, 7168, 56, 16), "40B": (38, 9216, 72, 32),
+    "60B": (56, 9216, 72, 64), "80B": (42, 12288, 96, 64), "160B": (84, 12288, 96, 128),
+    "320B": (96, 16384, 128, 256), "640B": (192, 16384, 128, 512),
 }  # fmt: skip
+PRESETS = {"tiny": GPTConfig(2, 64, 8, vocab=512, seq=64), "1.3B": GPTConfig(24, 2048, 16)}
+PRESETS |= {name: GPTConfig(*sizes[:3], init_std=0.006, tied=True) for name, sizes in SIZES.items()}
 
 
-MIN_TP = {  # least Gx Gy Gz on 40 GB, from the released benchmark scripts
-    "5B": 4, "10B": 8, "20B": 16, "40B": 32, "60B": 64, "80B": 64, "160B": 128, "320B": 256, "640B": 512,
-}  # fmt: skip
+def preset(cfg: Config) -> GPTConfig:
+    """The model of --model with the settings of the command line. BadInput: no preset of that name."""
+    if cfg.model not in PRESETS:
+        raise BadInput(f"--model {cfg.model}: {cfg.mode} knows {', '.join(PRESETS)}")
+    c = PRESETS[cfg.model]
+    changes = {n: getattr(cfg, n) for n in ("dtype", "checkpoint", "cache_weights", "compile", "seed")}
+    return replace(c, seq=cfg.seq or c.seq, vocab=cfg.vocab if cfg.model == "tiny" else c.vocab, **changes)
+
+
+def flops_per_iteration(cfg: GPTConfig, tokens: int, recompute: bool = True) -> float:
+    """FLOP of a step over `tokens`. GPT: 96 T l h^2 (1 + s/6h + V/16lh), arXiv:2104.04473, which counts full attention.
+
+    Other families: 2 per weight and token forward, causal attention exactly. Without recomputation three passes of
+    four remain ("model" FLOP instead of "hardware" FLOP).
+    """
+    l, h, s, V = cfg.n_layer, cfg.d_model, cfg.seq, cfg.vocab
+    passes = 4 if recompute else 3
+    if cfg.products() == [(h, 3 * h, False), (h, h, True), (h, 4 * h, False), (4 * h, h, True)]:
+        return 24 * passes * tokens * l * h**2 * (1 + s / (6 * h)) + 6 * tokens * V * h
+    block = sum(2 * k * n for k, n, _ in cfg.products()) + 2 * s * cfg.n_head * cfg.head_dim
+    return tokens * (passes * l * block + 6 * V * h)
+
+
+def parameters(cfg: GPTConfig) -> int:
+    """Number of parameters."""
+    h, vectors = cfg.d_model, 2 if cfg.norm == "layernorm" else 1
+    block = sum(k * n + (n if cfg.bias else 0) for k, n, _ in cfg.products()) + 2 * vectors * h
+    ends = cfg.vocab * h * (1 if cfg.tied else 2) + (cfg.seq * h if cfg.pos == "learned" else 0)
+    return cfg.n_layer * block + ends + vectors * h
+
+
+def memory_bytes(cfg: GPTConfig, tokens: int, dims: tuple) -> float:
+    """Estimate per rank: 16 bytes a stored parameter, two gathered blocks, saved activations, fp32 logits; b = 2."""
+    gx, gy, gz, gd = dims
+    m, h = tokens / (gz * gd), cfg.d_model
+    held = 16 * parameters(cfg) / (gx * gy * gz) + 2 * 2 * max(k * n for k, n, _ in cfg.products()) / (gx * gy)
+    wide = 2 * m * (4 * h / gy + (4 * cfg.n_head * cfg.head_dim + 2 * cfg.d_ff) / gx)
+    blocks = cfg.n_layer * 2 * m * h / gy + wide if cfg.checkpoint else cfg.n_layer * wide
+    return held + blocks + 6 * m * cfg.vocab / gx
 
 
 def _attention(qkv: Tensor, angle: Tensor | None, H: int, Hk: int, D: int) -> Tensor:
@@ -1075,41 +1291,37 @@ class GPT3D(nn.Module):
     def __init__(self, cfg: GPTConfig, grid: Grid):
         super().__init__()
         if why := cfg.misfit(grid.n["x"], grid.n["y"]):
-            fit = ["x".join(map(str, g)) for g in grids(grid.size) if not cfg.misfit(*g[:2])]
-            raise ValueError(
-                f"grid {grid} does not fit a model with {cfg.n_head} query and {cfg.kv_head} key/value heads and width "
-                f"{cfg.d_model}: {why}. Grids of {grid.size} ranks that fit: {', '.join(fit)}"
-            )
-        self.cfg, self.grid, self.dtype = cfg, grid, getattr(torch, cfg.dtype)
-        dtype = torch.promote_types(self.dtype, torch.float32)
-        make = {"dtype": dtype, "init_std": cfg.init_std, "seed": cfg.seed}
-        self.embed = Embedding3D(grid, cfg.vocab, cfg.d_model, name="model.embed_tokens", out_dtype=self.dtype, **make)
-        self.positions = None
+            fit = ", ".join("x".join(map(str, g)) for g in grids(grid.size) if not cfg.misfit(*g[:2]))
+            heads = f"{cfg.n_head} query and {cfg.kv_head} key/value heads"
+            raise BadInput(f"grid {grid} does not fit a model with {heads} and width {cfg.d_model}: {why}. "
+                           f"Grids of {grid.size} ranks that fit: {fit}")  # fmt: skip
+        self.cfg, self.grid, self.dtype, h = cfg, grid, getattr(torch, cfg.dtype), cfg.d_model
+        self.wide = torch.promote_types(self.dtype, torch.float32)  # of parameters and rotary angles
+        make = {"dtype": self.wide, "init_std": cfg.init_std, "seed": cfg.seed}
+        self.embed = Embedding3D(grid, cfg.vocab, h, name="model.embed_tokens", out_dtype=self.dtype, **make)
+        self.positions, k = None, h // grid.n["y"]
         if cfg.pos == "learned":
-            k, shape = cfg.d_model // grid.n["y"], (cfg.seq, cfg.d_model)
-            layout = Layout((("model.embed_positions.weight", shape, 0, cfg.seq),), grid.y * k, k)
-            get = lambda name, rows, cols: normal(name, shape, rows, cols, cfg.init_std, cfg.seed)
-            self.positions = _parameter(grid, layout, "matrix", "y", get, dtype, None)
-        self.blocks = nn.ModuleList(Block(cfg, grid, i, dtype) for i in range(cfg.n_layer))
+            piece = ("model.embed_positions.weight", (cfg.seq, h), 0, cfg.seq)
+            self.positions = _matrix(grid, [piece], grid.y * k, k, cfg.init_std, cfg.seed, self.wide, None, "y")
+        self.blocks = nn.ModuleList(Block(cfg, grid, i, self.wide) for i in range(cfg.n_layer))
         norm = LayerNorm3D if cfg.norm == "layernorm" else RMSNorm3D
-        self.norm = norm(grid, cfg.d_model, cfg.eps, name="model.norm", dtype=dtype)
+        self.norm = norm(grid, h, cfg.eps, name="model.norm", dtype=self.wide)
         tied = self.embed if cfg.tied else None
-        self.head = Linear3D(grid, cfg.d_model, cfg.vocab, bias=False, name="lm_head", pad=True, tied=tied, **make)
+        self.head = Linear3D(grid, h, cfg.vocab, bias=False, name="lm_head", pad=True, tied=tied, **make)
         self.embed.bucket, self.head.bucket = "ends", "ends" if cfg.tied else "head"
         rope = {"head_dim": cfg.head_dim, "rope_theta": cfg.rope_theta, "rope_scaling": cfg.rope_scaling}
-        self.register_buffer("freq", rope_frequencies(rope).to(grid.device), persistent=False)
+        self.register_buffer("freq", rope_frequencies(rope).to(grid.device, self.wide), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, V/Gx). ValueError: T exceeds the learned positions."""
-        B, T = ids.shape
+        T = ids.shape[1]
         x, angle = self.embed(ids), None  # (B, T, h/Gy)
         if self.positions is not None:
             if T > self.cfg.seq:
                 raise ValueError(f"{T} tokens, but the model has positions for {self.cfg.seq}. Give shorter rows.")
             x = x + rearrange(self.positions, "(s c) -> s c", s=self.cfg.seq)[:T].to(x.dtype)
         else:
-            wide = torch.promote_types(self.dtype, torch.float32)  # compiled and eager cosines differ in the last digit
-            angle = torch.outer(torch.arange(T, device=ids.device, dtype=wide), self.freq.to(wide))  # (T, D/2)
+            angle = torch.outer(torch.arange(T, device=ids.device, dtype=self.wide), self.freq)  # (T, D/2)
         for block in self.blocks:
             if self.cfg.checkpoint and torch.is_grad_enabled():
                 x = checkpoint(block, x, angle, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
@@ -1125,63 +1337,11 @@ class GPT3D(nn.Module):
 # ---- the model: state that any grid can load
 
 
-def _owner(grid: Grid, p: nn.Parameter) -> bool:
-    """True on one of the ranks that hold the same values as this one."""
-    return grid.d == 0 and all(getattr(grid, a) == 0 for a in "xyz" if a not in p.split)
-
-
-@torch.no_grad()
-def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The whole tensors by name, on the CPU of the grid's rank 0; {} elsewhere. One tensor at a time. Collective."""
-    grid, state = _grid_of(model), {}
-    held = {p: list(p.where.boxes()) for p in model.parameters()}
-    for p, boxes in held.items():
-        for name, shape, *_ in p.where.pieces:
-            whole = torch.zeros(shape, dtype=p.dtype, device=p.device)
-            for n, _, at, r, c, nr, nc in boxes if _owner(grid, p) else ():
-                if n == name:
-                    whole.view(shape[0], -1)[r : r + nr, c : c + nc] = p[at : at + nr * nc].view(nr, nc)
-            grid.all_reduce(whole, "t")  # every element is zero on all ranks but one
-            if (grid.x, grid.y, grid.z, grid.d) == (0, 0, 0, 0):
-                state[name] = whole.cpu()
-    return state
-
-
-@torch.no_grad()
-def load_tensors(model: nn.Module, get: Callable) -> None:
-    """Fill the model from get(name, rows[, cols]): every rank asks for the blocks it stores and no others."""
-    for p in model.parameters():
-        p.where.fill(p.data, get)
-
-
-def load_full_state_dict(model: nn.Module, sd: dict[str, Tensor] | None) -> None:
-    """Fill the model on any grid from whole tensors that rank 0 holds. Collective over all ranks of the job.
-
-    ValueError: missing or unexpected names, wrong shapes; all are listed.
-    """
-    want = {name: shape for p in model.parameters() for name, shape, *_ in p.where.pieces}
-    have = [{n: tuple(t.shape) for n, t in sd.items()} if sd else {}]
-    if dist.get_world_size() > 1 and _grid_of(model).size > 1:
-        dist.broadcast_object_list(have, src=0)
-    have = have[0]
-    wrong = [f"{n} is {have[n]} instead of {want[n]}" for n in want if n in have and have[n] != want[n]]
-    wrong += [f"missing {n}" for n in want if n not in have] + [f"unexpected {n}" for n in have if n not in want]
-    if wrong:
-        raise ValueError("the state dict does not fit the model: " + "; ".join(wrong))
-    params, device = list(model.parameters()), _grid_of(model).device
-    for p in params:
-        whole = {}
-        for name, shape, *_ in p.where.pieces:
-            whole[name] = sd[name].to(device, p.dtype) if sd else torch.empty(shape, dtype=p.dtype, device=device)
-            if dist.get_world_size() > 1 and _grid_of(model).size > 1:
-                dist.broadcast(whole[name], src=0)
-        p.where.fill(p.data, lambda name, *at, whole=whole: whole[name][at])
-
-
 class Boxes(Tensor):
     """What a rank stores of one whole tensor, as torch.distributed.checkpoint sees it: boxes, whatever the grid.
 
-    The tensor itself has the whole shape and no memory; the parts are views, written from and read into in place.
+    The tensor itself has the whole shape and no memory; parts {first element's place: view} are written from and read
+    into in place.
     """
 
     @staticmethod
@@ -1189,9 +1349,7 @@ class Boxes(Tensor):
         """boxes: (first element in flat, row, column, rows, columns)."""
         out = torch.empty((), dtype=flat.dtype, device=flat.device).expand(shape).as_subclass(Boxes)
         cut = (lambda *n: n) if len(shape) == 2 else (lambda *n: n[:1])
-        out.parts = {
-            torch.Size(cut(r, c)): flat[at : at + nr * nc].view(cut(nr, nc)) for at, r, c, nr, nc in boxes
-        }  # fmt: skip
+        out.parts = {torch.Size(cut(r, c)): flat[at : at + nr * nc].view(cut(nr, nc)) for at, r, c, nr, nc in boxes}
         return out
 
     def __create_chunk_list__(self) -> list:
@@ -1226,6 +1384,52 @@ def sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
     return state
 
 
+@torch.no_grad()
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The whole tensors by name, on the CPU of the grid's rank 0; {} elsewhere. One tensor at a time. Collective."""
+    grid, state, mine = _grid_of(model), {}, sharded_state(model)
+    for p in model.parameters():
+        owner = grid.d == 0 and all(getattr(grid, a) == 0 for a in "xyz" if a not in p.split)  # others hold the same
+        for name, shape, *_ in p.where.pieces:
+            whole = torch.zeros(shape, dtype=p.dtype, device=p.device)
+            for at, part in mine[name].parts.items() if owner and name in mine else ():
+                whole[tuple(slice(i, i + n) for i, n in zip(at, part.shape, strict=True))] = part
+            grid.all_reduce(whole, "t")  # every element is zero on all ranks but one
+            if (grid.x, grid.y, grid.z, grid.d) == (0, 0, 0, 0):
+                state[name] = whole.cpu()
+    return state
+
+
+def load_tensors(model: nn.Module, get: Callable) -> None:
+    """Fill the model from get(name, rows[, cols]): every rank asks for the blocks it stores and no others."""
+    for p in model.parameters():
+        p.where.fill(p.data, get)
+
+
+def load_full_state_dict(model: nn.Module, sd: dict[str, Tensor] | None) -> None:
+    """Fill the model on any grid from whole tensors that rank 0 holds. Collective over all ranks of the job.
+
+    ValueError: missing or unexpected names, wrong shapes; all are listed.
+    """
+    grid, want = _grid_of(model), {name: shape for p in model.parameters() for name, shape, *_ in p.where.pieces}
+    shared, have = dist.get_world_size() > 1 and grid.size > 1, [{n: tuple(t.shape) for n, t in (sd or {}).items()}]
+    if shared:
+        dist.broadcast_object_list(have, src=0)
+    have = have[0]
+    wrong = [f"{n} is {have[n]} instead of {want[n]}" for n in want if n in have and have[n] != want[n]]
+    wrong += [f"missing {n}" for n in want if n not in have] + [f"unexpected {n}" for n in have if n not in want]
+    if wrong:
+        raise ValueError("the state dict does not fit the model: " + "; ".join(wrong))
+    for p in model.parameters():
+        whole = {name: torch.empty(shape, dtype=p.dtype, device=grid.device) for name, shape, *_ in p.where.pieces}
+        for name, t in whole.items():
+            if sd:
+                t.copy_(sd[name])
+            if shared:
+                dist.broadcast(t, src=0)
+        p.where.fill(p.data, lambda name, *at, whole=whole: whole[name][at])
+
+
 def open_model(name: str, grid: Grid, **changes) -> tuple[GPT3D, object]:
     """A pretrained Llama on the grid and its tokenizer: smollm2, a Hugging Face folder, or a GGUF file."""
     weights = open_weights(name)
@@ -1234,291 +1438,69 @@ def open_model(name: str, grid: Grid, **changes) -> tuple[GPT3D, object]:
     return model, weights.tokenizer()
 
 
-# ---- the method: which grid is fastest
+# ---- the experiment: one step, a short run, memorisation
 
-
-def flops_per_iteration(cfg: GPTConfig, tokens: int, recompute: bool = True) -> float:
-    """FLOP of a step over `tokens`. GPT: 96 T l h^2 (1 + s/6h + V/16lh), arXiv:2104.04473, which counts full attention.
-
-    Other families: 2 per weight and token forward, causal attention exactly. Without recomputation three passes of
-    four remain ("model" FLOP instead of "hardware" FLOP).
-    """
-    l, h, s, V = cfg.n_layer, cfg.d_model, cfg.seq, cfg.vocab
-    passes = 4 if recompute else 3
-    if cfg.products() == [(h, 3 * h, False), (h, h, True), (h, 4 * h, False), (4 * h, h, True)]:
-        return 24 * passes * tokens * l * h**2 * (1 + s / (6 * h)) + 6 * tokens * V * h
-    block = sum(2 * k * n for k, n, _ in cfg.products()) + 2 * s * cfg.n_head * cfg.head_dim
-    return tokens * (passes * l * block + 6 * V * h)
-
-
-def parameters(cfg: GPTConfig) -> int:
-    """Number of parameters."""
-    h, vectors = cfg.d_model, 2 if cfg.norm == "layernorm" else 1
-    block = sum(k * n + (n if cfg.bias else 0) for k, n, _ in cfg.products()) + 2 * vectors * h
-    ends = cfg.vocab * h * (1 if cfg.tied else 2) + (cfg.seq * h if cfg.pos == "learned" else 0)
-    return cfg.n_layer * block + ends + vectors * h
-
-
-def memory_bytes(cfg: GPTConfig, tokens: int, dims: tuple) -> float:
-    """Estimate per rank: 16 bytes a stored parameter, two gathered blocks, saved activations, fp32 logits; b = 2."""
-    gx, gy, gz, gd = dims
-    m, h = tokens / (gz * gd), cfg.d_model
-    held = 16 * parameters(cfg) / (gx * gy * gz) + 2 * 2 * max(k * n for k, n, _ in cfg.products()) / (gx * gy)
-    wide = 2 * m * (4 * h / gy + (4 * cfg.n_head * cfg.head_dim + 2 * cfg.d_ff) / gx)
-    blocks = cfg.n_layer * 2 * m * h / gy + wide if cfg.checkpoint else cfg.n_layer * wide
-    return held + blocks + 6 * m * cfg.vocab / gx
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the model of communication knows of a machine: bandwidths in GB/s (1e9 bytes), latency in seconds.
-
-    intra_table  {(P, G): GB/s} of a ring of G ranks inside a node, each P ranks apart, all sibling rings running
-    intra_bw     instead of keys that the table lacks; 0 makes a missing key an error
-    alpha        seconds per collective and member. rates: {(collective, ranks): (seconds a call, bytes/s)} if measured
-    """
-
-    gpus_per_node: int
-    inter_bw: float
-    intra_table: dict = field(default_factory=dict)
-    alpha: float = 0.0
-    intra_bw: float = 0.0
-    rates: dict = field(default_factory=dict)
-
-    def bandwidth(self, axis: int, dims: tuple) -> float:
-        """Bytes per second of a ring along an axis (0..3 for x y z data). KeyError: the table lacks it."""
-        before, g = math.prod(dims[:axis]), dims[axis]
-        if before * g > self.gpus_per_node:  # crosses nodes: the node's rings share its network
-            return 1e9 * self.inter_bw / min(self.gpus_per_node, before)
-        found = self.intra_table.get((before, g), self.intra_bw)
-        if not found:
-            known = ", ".join(map(str, sorted(self.intra_table))) or "none"
-            raise ValueError(
-                f"no bandwidth for rings of {g} ranks, {before} apart, inside a node (key ({before}, {g})). "
-                f"Known: {known}. Give --intra-bw GB/s to use for all others."
-            )
-        return 1e9 * found
-
-
-MACHINES = {
-    "perlmutter": Machine(4, 80.0, {(1, 2): 76.0, (1, 4): 225.0, (2, 2): 76.0}),
-    "frontier": Machine(
-        8, 40.0, {(1, 2): 129.0, (1, 4): 52.0, (1, 8): 135.0, (2, 2): 50.0, (2, 4): 72.0, (4, 2): 36.0}
-    ),
-}
-
-
-def machine(name: str) -> Machine:
-    """A machine of the table. ValueError lists the known ones."""
-    if name not in MACHINES:
-        raise ValueError(
-            f"unknown machine {name!r}; known: {', '.join(MACHINES)}. Another one: --machine other with "
-            f"--gpus-per-node, --inter-bw and --intra-bw."
-        )
-    return MACHINES[name]
-
-
-def predict_comm_time(
-    cfg: GPTConfig,
-    tokens: int,
-    dims: tuple,
-    machine: Machine,
-    *,
-    c_ag: int = 2,
-    c_fwd: int = 1,
-    b: int = 2,
-    b_g: int = 2,
-) -> dict:
-    """Seconds of communication of a step by the paper's ring model: ag_z, rs_z, ar_fwd, ar_bwd, ar_data, total.
-
-    c_ag 2: weights gathered again in backward; c_fwd 2: recomputation repeats the forward all-reduce. b bytes per
-    weight and activation, b_g per gradient over data. Left out: embedding, head, norms, overlap, latency if alpha is 0.
-    """
-    gx, gy, gz, gd = dims
-    beta = lambda axis: machine.bandwidth(axis, dims)
-    share, lag = lambda g: (g - 1) / g, lambda g: machine.alpha * g  # of a ring
-    m, t = tokens / gd, dict.fromkeys(("ag_z", "rs_z", "ar_fwd", "ar_bwd", "ar_data"), 0.0)
-    for k, n, transposed in cfg.products():
-        (g_n, over_n), (g_k, over_k) = ((gy, 1), (gx, 0)) if transposed else ((gx, 0), (gy, 1))
-        if gz > 1:
-            t["ag_z"] += c_ag * ((gz - 1) * k * n * b / (gx * gy * gz) / beta(2) + lag(gz))
-            t["rs_z"] += share(gz) * k * n * b / (gx * gy) / beta(2) + lag(gz)
-        if g_k > 1:
-            t["ar_fwd"] += c_fwd * (2 * share(g_k) * m * n * b / (gz * g_n) / beta(over_k) + lag(g_k))
-        if g_n > 1:
-            t["ar_bwd"] += 2 * share(g_n) * m * k * b / (gz * g_k) / beta(over_n) + lag(g_n)
-        if gd > 1:
-            t["ar_data"] += 2 * share(gd) * k * n * b_g / (gx * gy * gz) / beta(3) + lag(gd)
-    t = {name: seconds * cfg.n_layer for name, seconds in t.items()}
-    return {**t, "total": sum(t.values())}
-
-
-def rank_configs(
-    cfg: GPTConfig, world: int, sequences: int, machine: Machine, *, min_tp: int = 1, top_k: int = 10,
-    powers: bool = True, **opts,
-) -> list:  # fmt: skip
-    """[(dims, seconds, parts)] of the grids of `world` ranks that fit, best first, ties by dims. Try the first few.
-
-    min_tp: least Gx Gy Gz, so that the model fits in memory. powers: only powers of two where world is one.
-    ValueError: no grid fits.
-    """
-    fit = [
-        d for d in grids(world, powers and world & (world - 1) == 0)
-        if d[0] * d[1] * d[2] >= min_tp and sequences % (d[2] * d[3]) == 0 and not cfg.misfit(d[0], d[1])
-    ]  # fmt: skip
-    if not fit:
-        raise ValueError(
-            f"no grid of {world} ranks fits: {sequences} sequences, Gx Gy Gz >= {min_tp}, {cfg.n_head} heads, "
-            f"{cfg.kv_head} key/value heads, width {cfg.d_model}. Change --world or --sequences."
-        )
-    timed = [(d, predict_comm_time(cfg, sequences * cfg.seq, d, machine, **opts)) for d in fit]
-    return sorted(((d, t["total"], t) for d, t in timed), key=lambda row: row[:2][::-1])[:top_k]
-
-
-def volume(cfg: GPTConfig, rows: int, dims: tuple) -> dict:
-    """{(collective, axis): (calls, wire elements)} per rank of one training step here: everything CommLog counts.
-
-    rows of cfg.seq tokens over all ranks, one micro-batch, all weights trained, the loss summed for the log once.
-    """
-    n = dict(zip("xyzd", dims, strict=True)) | {"t": math.prod(dims[:3])}
-    gx, gy, gz, _ = dims
-    m, h = rows * cfg.seq // (gz * dims[3]), cfg.d_model
-    out = defaultdict(lambda: [0, Fraction(0)])
-    wire = {"all_reduce": lambda g: Fraction(2 * (g - 1), g), "reduce_scatter": lambda g: Fraction(g - 1, g)}
-    wire["all_gather"] = lambda g: g - 1
-
-    def add(kind: str, axis: str, numel: int, calls: int = 1) -> None:
-        if n[axis] > 1:
-            out[kind, axis][0] += calls
-            out[kind, axis][1] += calls * wire[kind](n[axis]) * numel
-
-    def weight(k: int, rows: int, gathers: int) -> int:
-        chunk = -(-k * rows // gz)
-        add("all_gather", "z", chunk, gathers)
-        add("reduce_scatter", "z", gz * chunk)
-        return chunk
-
-    again = 2 if cfg.checkpoint else 1  # forward passes of a block
-    twice = 2 if cfg.checkpoint or not cfg.cache_weights else 1  # gathers of a block's weight
-    padded, stats, vectors, per_block = -(-cfg.vocab // gx), 2 if cfg.norm == "layernorm" else 1, 0, 0
-    for k, o, transposed in cfg.products():
-        (over_k, over_n) = ("x", "y") if transposed else ("y", "x")
-        k, o = k // n[over_k], o // n[over_n]
-        per_block += weight(k, o, twice)
-        add("all_reduce", over_k, m * o, again)
-        add("all_reduce", over_n, m * k)
-        vectors += o if cfg.bias else 0
-    vectors += 2 * stats * h // gy
-    for _ in range(2):  # norms: forward one call a statistic, backward one call for all
-        add("all_reduce", "y", m, again * stats)
-        add("all_reduce", "y", stats * m)
-    out = defaultdict(
-        lambda: [0, Fraction(0)], {key: [c * cfg.n_layer, e * cfg.n_layer] for key, (c, e) in out.items()}
-    )
-    embed = weight(h // gy, padded, 1)
-    head = weight(h // gy, padded, 2)
-    add("all_reduce", "x", m * h // gy)
-    add("all_reduce", "y", m * padded)
-    add("all_reduce", "x", m * h // gy)
-    add("all_reduce", "y", m, stats)
-    add("all_reduce", "y", stats * m)
-    add("all_reduce", "x", m)  # cross-entropy: the largest logit, then both sums
-    add("all_reduce", "x", 2 * m)
-    vectors = cfg.n_layer * vectors + stats * h // gy + (cfg.seq * h // gy if cfg.pos == "learned" else 0)
-    for chunk in [per_block] * cfg.n_layer + ([embed] if cfg.tied else [embed, head]):
-        add("all_reduce", "d", chunk)
-    for axis in "zd":
-        add("all_reduce", axis, vectors)
-        add("all_reduce", axis, 1, 2)  # the count of targets and the loss
-    add("all_reduce", "t", 1)  # the gradient norm
-    return {key: (c, e) for key, (c, e) in out.items()}
-
-
-def calibrate(grid: Grid, small: int = 256, large: int = 2**18, repeats: int = 9) -> Machine:
-    """This machine's latency and bandwidth per collective and number of ranks, all sibling groups running. Collective.
-
-    small, large: elements (fp32) of the two message sizes between which the line is laid. A matrix product runs before
-    every call, as in a step, so that ranks arrive unevenly; its own time is taken off.
-    """
-    ranks, rates = range(grid.size), {}
-    for n in (n for n in range(2, grid.size + 1) if grid.size % n == 0):
-        g = Grid(1, 1, n, grid.size // n, ranks=ranks)
-        if not g.member:
-            continue
-        x, a = {size: torch.ones(size // n * n, device=g.device) for size in (small, large)}, torch.randn(256, 256)
-        a = a.to(g.device)
-        calls = {
-            "all_reduce": lambda x, g=g: g.all_reduce(x, "z", dist.ReduceOp.MAX),
-            "all_gather": lambda x, g=g, n=n: g.all_gather(x[: len(x) // n])[1].wait(),
-            "reduce_scatter": lambda x, g=g: g.reduce_scatter(x)[1].wait(),
-        }
-        cases = {(kind, size): lambda fn=fn, x=x[size], a=a: (a @ a, fn(x)) for kind, fn in calls.items() for size in x}
-        took = report.timed({"product": lambda a=a: a @ a, **cases}, g.device, repeats)
-        took = {case: t - took["product"][0] for case, (t, _) in took.items()}
-        for kind in calls:
-            wire = 4 * (2 if kind == "all_reduce" else 1) * (n - 1) / n  # bytes per element
-            beta = wire * (large - small) / max(1e-6, took[kind, large] - took[kind, small])
-            rates[kind, n] = (max(0.0, took[kind, small] - wire * small / beta), beta)
-    return Machine(grid.size, 1.0, intra_bw=1.0, rates=rates)
-
-
-def predict_measured(cfg: GPTConfig, rows: int, dims: tuple, machine: Machine, b: int = 4) -> float:
-    """Seconds of communication of a step from calibrate's rates: every call's latency and every byte of volume()."""
-    n = dict(zip("xyzd", dims, strict=True)) | {"t": math.prod(dims[:3])}
-    return sum(
-        calls * machine.rates[kind, n[axis]][0] + b * float(elements) / machine.rates[kind, n[axis]][1]
-        for (kind, axis), (calls, elements) in volume(cfg, rows, dims).items()
-    )
-
-
-_TUNED: dict[tuple, str] = {}
-VARIANTS = {  # of C = A B; copies are part of the cost
-    "default": lambda a, b: a @ b,
-    "NN": lambda a, b: a.contiguous() @ b.contiguous(),
-    "NT": lambda a, b: a.T.contiguous().T @ b.contiguous(),
-    "TN": lambda a, b: a.contiguous() @ b.T.contiguous().T,
-}
-VARIANTS |= {f"{name} of C^T": lambda a, b, fn=fn: fn(b.T, a.T).T for name, fn in list(VARIANTS.items())}
-
-
-def time_matmul(a: Tensor, b: Tensor, repeats: int = 20) -> dict[str, float]:
-    """Median seconds of each variant of a (m, k) @ b (k, n)."""
-    cases = {name: functools.partial(fn, a, b) for name, fn in VARIANTS.items()}
-    return {name: t for name, (t, _) in report.timed(cases, a.device, repeats, warmup=5).items()}
-
-
-def tune_matmul(a: Tensor, b: Tensor, repeats: int = 20) -> Callable:
-    """The fastest way on this device to multiply matrices laid out like a and b; rank 0 decides for all. Collective."""
-    key = (a.shape, b.shape, a.stride(), b.stride(), a.dtype, a.device.type)
-    if key not in _TUNED:
-        best = [min((t, name) for name, t in time_matmul(a, b, repeats).items())[1]]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.broadcast_object_list(best, src=0)
-        _TUNED[key] = best[0]
-    return VARIANTS[_TUNED[key]]
-
-
-def tune(model: GPT3D, rows: int) -> dict[str, int]:
-    """Choose the products O, dI, dW of every layer for `rows` local rows; returns how often each variant won."""
-    m, won = rows * model.cfg.seq, defaultdict(int)
-    for layer in (layer for layer in _layers(model) if isinstance(layer, Linear3D)):
-        make = lambda *shape: torch.randn(shape, dtype=model.dtype, device=model.grid.device)
-        x, W, dy = make(m, layer.in_local), make(layer.out_local, layer.in_local), make(m, layer.out_local)
-        for kind, a, b in (("O", x, W.T), ("dI", dy, W), ("dW", dy.T, x)):
-            layer.matmul[kind] = tune_matmul(a, b)
-            won[next(name for name, fn in VARIANTS.items() if fn is layer.matmul[kind])] += 1
-    return dict(won)
-
-
-# ---- the experiment: memorisation
-
+SMALL = GPTConfig(2, 32, 8, vocab=64, seq=16, dtype="float64", init_std=0.1)
 BUCKETS = (0, 1, 4, 16)  # epochs of each; the first is the control
 DOCS, PREFIX, SUFFIX = 16, 32, 16  # documents in a bucket, tokens given, tokens to recite
+WIDTHS = (64, 256)
+
+
+def backward(model: GPT3D, micro: list[Tensor], hide: bool, targets: Callable = lambda rows: rows[:, 1:]) -> Tensor:
+    """Forward and backward over micro-batches of rows (b, T + 1), this data shard's; the gradients are final.
+
+    Returns the loss, 0-d: the mean over all unmasked tokens of all ranks. Collective.
+    """
+    grid, total = model.grid, 0.0
+    count = global_count(torch.cat([targets(rows) for rows in micro]), grid)
+    with overlap(model, micro_batches=len(micro)) if hide else contextlib.nullcontext():
+        for rows in micro:
+            loss = vocab_parallel_cross_entropy(model(rows[:, :-1]), targets(rows), grid) / count
+            loss.backward()
+            total = total + loss.detach()
+    if not hide:
+        sync_gradients(model)
+    return grid.total(total)
+
+
+def update(model: GPT3D, optimizer: torch.optim.Optimizer, lr: float, clip: float) -> float:
+    """Clip and step; all ranks skip the step together if the norm is not finite. Returns the norm before."""
+    norm = clip_grad_norm_(model, clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def curve(c: GPTConfig, grid: Grid, seed: int, steps: int = 4, rows: int = 16) -> dict:
+    """Train a few steps: losses, norms; do wire counts equal volume(), and overlapped gradients the others bit for bit?
+
+    After each of the last two updates the gradients are computed both ways, the second time with prefetches.
+    """
+    model, found = GPT3D(c, grid), {"loss": [], "norm": [], "bits": True, "volume": True}
+    optimizer, want = adamw(model, 1e-2), volume(c, rows, grid.dims)
+    for step in range(steps):
+        ids = torch.randint(c.vocab, (rows, c.seq + 1), generator=cluster.generator(seed, 7, step))
+        micro = [ids.chunk(grid.num_data_shards)[grid.data_shard].to(grid.device)]
+        with CommLog() as log:
+            found["loss"].append(backward(model, micro, hide=False).item())
+            found["norm"].append(update(model, optimizer, 1e-2, 0.5))
+        found["volume"] &= {key: (n, log.elements[key]) for key, n in log.calls.items()} == want
+        if step >= steps - 2:
+            both = []
+            for hide in (False, True):
+                backward(model, micro, hide)
+                both.append([p.grad for p in model.parameters()])
+                optimizer.zero_grad()
+            found["bits"] &= all(map(torch.equal, *both))
+    return found | {"elements": {f"{kind} {axis}": float(n) for (kind, axis), n in log.elements.items()}}
 
 
 def goldfish_mask(targets: Tensor, k: int = 2, h: int = 13) -> Tensor:
     """True where the goldfish loss drops a target (B, L) -> bool. arXiv:2406.10209; goldfish.py says it all."""
-    table = torch.rand(1_000_003, generator=torch.Generator().manual_seed(2971215073))
+    table = torch.rand(1_000_003, generator=torch.Generator().manual_seed(2971215073)).to(targets.device)
     value = targets.unfold(1, h, 1).prod(dim=2)  # (B, L - h + 1), wrapped int64 products of h tokens
     drop = (table[value % len(table)] * 2**24).long() * k < 2**24
     return F.pad(drop, (h - 1, 0))
@@ -1545,27 +1527,18 @@ def memorization_eval(model: GPT3D, docs: Tensor, prefix: int, continuation: int
     return int(grid.total(hits)) / (len(docs) * (grid.num_data_shards // n))
 
 
-def memorise(width: int, goldfish: bool, seed: int, lr: float = 3e-3, batch: int = 4, layers: int = 2) -> list[float]:
+def memorise(width: int, goldfish: bool, seed: int, lr: float = 3e-3, batch: int = 4) -> list[float]:
     """Train one model on random documents, each bucket as often as BUCKETS says; exact match of each bucket."""
-    g = cluster.generator(seed, 11)
+    grid, g = Grid(ranks=(dist.get_rank(),)), cluster.generator(seed, 11)
     docs = torch.randint(1, 64, (len(BUCKETS), DOCS, PREFIX + SUFFIX), generator=g)
     shown = torch.cat([docs[i] for i, n in enumerate(BUCKETS) for _ in range(n)])  # each epoch of each bucket
-    shown = shown[torch.randperm(len(shown), generator=g)]
-    grid = Grid(ranks=(dist.get_rank(),))
-    model = GPT3D(GPTConfig(layers, width, 4, vocab=64, seq=PREFIX + SUFFIX, seed=seed), grid)
+    shown = shown[torch.randperm(len(shown), generator=g)].to(grid.device)
+    model = GPT3D(GPTConfig(2, width, 4, vocab=64, seq=PREFIX + SUFFIX, seed=seed), grid)
     optimizer, steps = adamw(model, lr, betas=(0.9, 0.95)), len(shown) // batch
-    for step in range(steps):
-        rows = shown[step * batch : (step + 1) * batch]
-        targets = rows[:, 1:].masked_fill(goldfish_mask(rows[:, 1:]), -100) if goldfish else rows[:, 1:]
-        rows, targets = rows.to(grid.device), targets.to(grid.device)
-        loss = vocab_parallel_cross_entropy(model(rows[:, :-1]), targets, grid) / global_count(targets, grid)
-        loss.backward()
-        sync_gradients(model)
-        clip_grad_norm_(model, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 10) * (1 - step / steps)
-        optimizer.step()
-        optimizer.zero_grad()
+    targets = lambda rows: rows[:, 1:].masked_fill(goldfish_mask(rows[:, 1:]), -100) if goldfish else rows[:, 1:]
+    for step, rows in enumerate(shown.split(batch)):
+        backward(model, [rows], False, targets)
+        update(model, optimizer, lr * min(1, (step + 1) / 10) * (1 - step / steps), 1.0)
     return [memorization_eval(model, d.to(grid.device), PREFIX, SUFFIX) for d in docs]
 
 
@@ -1578,92 +1551,52 @@ FIXED = ("model", "seq", "vocab", "data", "batch", "tokens_per_step", "lr", "war
 
 def make_grid(cfg: Config, w: cluster.World) -> Grid:
     """The grid of --grid, its 0 replaced by what is left of the ranks."""
-    given = math.prod(g for g in cfg.grid if g)
-    dims = tuple(g or max(1, w.size // given) for g in cfg.grid)
-    try:
-        return Grid(*dims)
-    except ValueError as e:
-        raise BadInput(str(e)) from e
-
-
-def backward(model: GPT3D, micro: list[Tensor], hide: bool) -> Tensor:
-    """Forward and backward over micro-batches of rows (b, T + 1), this data shard's; the gradients are final.
-
-    Returns the loss, 0-d: the mean over all unmasked tokens of all ranks. Collective.
-    """
-    grid, total = model.grid, 0.0
-    count = global_count(torch.cat(micro)[:, 1:], grid)
-    with overlap(model, micro_batches=len(micro)) if hide else contextlib.nullcontext():
-        for rows in micro:
-            loss = vocab_parallel_cross_entropy(model(rows[:, :-1]), rows[:, 1:], grid) / count
-            loss.backward()
-            total = total + loss.detach()
-    if not hide:
-        sync_gradients(model)
-    return grid.total(total)
+    given = math.prod(g or 1 for g in cfg.grid)
+    return Grid(*(g or max(1, w.size // given) for g in cfg.grid))
 
 
 class Trainer:
     """A model on a grid, its text, AdamW, and a step whose loss is the mean over all unmasked tokens of all ranks."""
 
     def __init__(self, cfg: Config, w: cluster.World):
-        self.cfg, self.w, self.grid = cfg, w, make_grid(cfg, w)
-        changes = {n: getattr(cfg, n) for n in ("dtype", "checkpoint", "cache_weights", "compile", "seed")}
-        try:
-            if cfg.model in PRESETS:
-                size = PRESETS[cfg.model]
-                text = corpus(cfg.data)
-                tokenizer = Tokenizer.train(text, cfg.vocab if cfg.model == "tiny" else size.vocab)
-                changes |= {"seq": cfg.seq or size.seq} | ({"vocab": cfg.vocab} if cfg.model == "tiny" else {})
-                self.model, ids = GPT3D(replace(size, **changes), self.grid), tokenizer.encode(text)
-            else:
-                self.model, tokenizer = open_model(cfg.model, self.grid, **{**changes, "seq": cfg.seq or 128})
-                ids = torch.tensor(tokenizer.encode(corpus(cfg.data)).ids)
-        except ValueError as e:
-            raise BadInput(str(e)) from e
-        c, g = self.model.cfg, self.grid
-        if cfg.tokens_per_step % c.seq:
-            raise BadInput(f"--tokens-per-step {cfg.tokens_per_step} is no multiple of the {c.seq} tokens of a row")
-        self.batch = cfg.tokens_per_step // c.seq or cfg.batch
-        shards = g.num_data_shards * cfg.accum
+        self.cfg, self.grid, self.step, text = cfg, make_grid(cfg, w), 0, corpus(cfg.data)
+        if cfg.model in PRESETS:
+            c = preset(cfg)
+            self.model, self.ids = GPT3D(c, self.grid), Tokenizer.train(text, c.vocab).encode(text)
+        else:
+            changes = {n: getattr(cfg, n) for n in ("dtype", "checkpoint", "cache_weights", "compile", "seed")}
+            self.model, tokenizer = open_model(cfg.model, self.grid, seq=cfg.seq or 128, **changes)
+            self.ids = torch.tensor(tokenizer.encode(text).ids)
+        T, shards = self.model.cfg.seq, self.grid.num_data_shards * cfg.accum
+        if cfg.tokens_per_step % T:
+            raise BadInput(f"--tokens-per-step {cfg.tokens_per_step} is no multiple of the {T} tokens of a row")
+        self.batch = cfg.tokens_per_step // T or cfg.batch
         if self.batch % shards:
             near = max(shards, self.batch // shards * shards)
-            raise BadInput(
-                f"{self.batch} rows per step do not divide over Gz x Gdata x --accum = {shards}. "
-                f"Multiples of {shards} work: --batch {near} or {near + shards}"
-            )
-        if len(ids) < c.seq + 2:
-            raise BadInput(f"the text has {len(ids)} tokens; rows of --seq {c.seq} need more. Give a longer --data.")
-        self.ids = ids
-        self.optimizer, self.step = adamw(self.model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95)), 0
+            raise BadInput(f"{self.batch} rows per step do not divide over Gz x Gdata x --accum = {shards}. Multiples "
+                           f"of {shards} work: --batch {near} or {near + shards}")  # fmt: skip
+        if len(self.ids) < T + 2:
+            raise BadInput(f"the text has {len(self.ids)} tokens; rows of --seq {T} need more. Give a longer --data.")
+        self.optimizer = adamw(self.model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))
         if cfg.tune:
             w.print(f"products: {tune(self.model, self.batch // shards)}")
 
     def rows(self, step: int) -> Tensor:
-        """All rows of a step, (batch, seq + 1): a function of seed and step alone."""
-        n, T = len(self.ids), self.model.cfg.seq
-        first = torch.randint(n - T, (self.batch, 1), generator=cluster.generator(self.cfg.seed, 1, step))
-        return self.ids[first + torch.arange(T + 1)]
-
-    def micro_batches(self, step: int) -> list[Tensor]:
-        """This rank's rows of a step, accum x (batch / shards / accum, seq + 1)."""
-        g = self.grid
-        mine = self.rows(step).chunk(g.num_data_shards)[g.data_shard].to(g.device)
+        """This rank's rows of a step, (batch / shards, seq + 1): all rows are a function of seed and step alone."""
+        g, T = self.grid, self.model.cfg.seq
+        generator = cluster.generator(self.cfg.seed, 1, step)
+        first = torch.randint(len(self.ids) - T, (self.batch, 1), generator=generator)
+        mine = self.ids[first + torch.arange(T + 1)].chunk(g.num_data_shards)[g.data_shard].to(g.device)
         if self.cfg.check_data:
             check_same_tokens(mine, g)
-        return list(mine.chunk(self.cfg.accum))
+        return mine
 
     def advance(self) -> dict:
         """One optimizer step; skipped by all ranks together if the gradient norm is not finite."""
         cfg, step = self.cfg, self.step
-        loss = backward(self.model, self.micro_batches(step), cfg.overlap)
-        norm = clip_grad_norm_(self.model, cfg.clip)
+        loss = backward(self.model, list(self.rows(step).chunk(cfg.accum)), cfg.overlap)
         lr = cfg.lr * min(1, (step + 1) / max(1, cfg.warmup)) * (0.55 + 0.45 * math.cos(math.pi * step / cfg.steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if math.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = update(self.model, self.optimizer, lr, cfg.clip)
         self.step += 1
         return {"loss": loss, "grad_norm": norm, "lr": lr, "skipped": not math.isfinite(norm)}
 
@@ -1678,13 +1611,12 @@ class Trainer:
         except (ValueError, RuntimeError) as e:
             raise BadInput(f"the checkpoint {path} is of another model: {e}") from e
         self.step = int(state["step"])
-        for p in self.model.parameters():
-            if p in self.optimizer.state:
-                self.optimizer.state[p]["step"].fill_(self.step)
+        for s in self.optimizer.state.values():
+            s["step"].fill_(self.step)
 
 
 def check_resume(cfg: Config, w: cluster.World) -> None:
-    """BadInput: the run in --out, by the head of its metrics.jsonl, had other settings."""
+    """BadInput: the run in --out, by the head of its metrics.jsonl, had other settings. Prints its grid."""
     path = Path(cfg.out) / "metrics.jsonl"
     if not path.exists():
         raise BadInput(f"--resume: {path} is missing, so the settings of the run are unknown. Train without --resume.")
@@ -1694,13 +1626,10 @@ def check_resume(cfg: Config, w: cluster.World) -> None:
         values = [v if name == "data" else [v] for v in (was[name], getattr(cfg, name))]
         then, now = (f"--{name.replace('_', '-')} {' '.join(map(str, v))}" for v in values)
         if then != now:
-            raise BadInput(
-                f"the checkpoint was trained with {then}, this run asks for {now}. "
-                f"Pass {then} to resume, or another --out to start anew."
-            )
+            raise BadInput(f"the checkpoint was trained with {then}, this run asks for {now}. "
+                           f"Pass {then} to resume, or another --out to start anew.")  # fmt: skip
     given = math.prod(g or 1 for g in was["grid"])
-    wrote = "x".join(str(g or ranks // given) for g in was["grid"])
-    w.print(f"resuming a run of grid {wrote}")
+    w.print(f"resuming a run of grid {'x'.join(str(g or ranks // given) for g in was['grid'])}")
 
 
 def train(cfg: Config, w: cluster.World) -> None:
@@ -1715,18 +1644,15 @@ def train(cfg: Config, w: cluster.World) -> None:
         for old in (f"{path}.old", f"{path}.previous.old"):
             shutil.rmtree(old, ignore_errors=True)
         cluster.set_aside(path)
-    run = report.Run(cfg.out, cfg, w, trainer.step)
-    g, c, run_from, saved = trainer.grid, trainer.model.cfg, trainer.step, trainer.step if cfg.resume else -1
-    tokens = trainer.batch * c.seq
-    w.print(
-        f"grid {g}, {parameters(c) / 1e6:.1f} M parameters, {tokens} tokens per step, {cfg.dtype} on {g.device.type}"
-    )
-    bar = report.progress(None, "train", w, cfg.steps, trainer.step)
+    g, c, first, saved = trainer.grid, trainer.model.cfg, trainer.step, trainer.step if cfg.resume else -1
+    run, tokens = report.Run(cfg.out, cfg, w, first), trainer.batch * c.seq
+    size = f"{parameters(c) / 1e6:.1f} M parameters, {tokens} tokens per step"
+    w.print(f"grid {g}, {size}, {cfg.dtype} on {g.device.type}")
     try:
-        with cluster.stop_signal(g.device) as stopping, bar:
+        with cluster.stop_signal(g.device) as stopping, report.progress(None, "train", w, cfg.steps, first) as bar:
             while trainer.step < cfg.steps:
                 if "RANK" in os.environ and os.getppid() != parent:
-                    raise RuntimeError(f"the launcher of rank {w.rank} is gone")
+                    raise RuntimeError(f"connection to the launcher of rank {w.rank} lost")
                 start = time.perf_counter()
                 with CommLog() as log:
                     line = trainer.advance()
@@ -1742,8 +1668,9 @@ def train(cfg: Config, w: cluster.World) -> None:
                     }
                     for kind, again in (("model", False), ("hardware", c.checkpoint)):
                         speed[f"tflops_{kind}"] = flops_per_iteration(c, tokens, again) / took / g.size / 1e12
-                    axes = {a: float(sum(b for (_, axis), b in log.bytes.items() if axis == a)) for a in "xyzdt"}
-                    run.log(**speed, **{f"bytes_{a}": b for a, b in axes.items() if b})
+                    for (_, axis), sent in log.bytes.items():
+                        speed[f"bytes_{axis}"] = speed.get(f"bytes_{axis}", 0.0) + float(sent)
+                    run.log(**speed)
                     bar.set_postfix_str(f"loss {float(line['loss']):.3f}")
                 bar.update()
                 stop = stopping()
@@ -1758,46 +1685,18 @@ def train(cfg: Config, w: cluster.World) -> None:
     except RuntimeError as e:
         if w.size == 1 or not any(word in str(e).lower() for word in ("gloo", "nccl", "connection", "timed out")):
             raise
-        print(
-            f"rank {w.rank}: a peer or launcher is gone after step {trainer.step} ({str(e).splitlines()[0][:120]}). "
-            f"Start all again with --resume to go on from {path}.", file=sys.stderr, flush=True,
-        )  # fmt: skip
+        what = f"a peer or launcher is gone after step {trainer.step} ({str(e).splitlines()[0][:120]})"
+        again = f"Start all again with --resume to go on from {path}."
+        print(f"rank {w.rank}: {what}. {again}", file=sys.stderr, flush=True)
         os._exit(1)
-    if trainer.step > run_from:
+    if trainer.step > first:
         w.print(f"step {trainer.step} loss {float(line['loss']):.4f}")
 
 
 # ---- the experiment: the demo, four parts and a toy
 
-SMALL = GPTConfig(2, 32, 8, vocab=64, seq=16, dtype="float64", init_std=0.1)
 TIMED = GPTConfig(2, 256, 8, vocab=512, seq=64)
-WIDTHS = (64, 256)
-
-
-def curve(c: GPTConfig, grid: Grid, seed: int, steps: int = 4, rows: int = 16) -> dict:
-    """Train a few steps: losses, norms; do wire counts equal volume(), and overlapped gradients the others bit for bit?
-
-    After each of the last two updates the gradients are computed both ways, the second time with prefetches.
-    """
-    model, found = GPT3D(c, grid), {"loss": [], "norm": [], "bits": True, "volume": True}
-    optimizer, want = adamw(model, 1e-2), volume(c, rows, grid.dims)
-    for step in range(steps):
-        ids = torch.randint(c.vocab, (rows, c.seq + 1), generator=cluster.generator(seed, 7, step))
-        micro = [ids.chunk(grid.num_data_shards)[grid.data_shard].to(grid.device)]
-        with CommLog() as log:
-            found["loss"].append(backward(model, micro, hide=False).item())
-            found["norm"].append(clip_grad_norm_(model, 0.5))
-        found["volume"] &= {key: (n, log.elements[key]) for key, n in log.calls.items()} == want
-        optimizer.step()
-        optimizer.zero_grad()
-        if step >= steps - 2:
-            both = []
-            for hide in (False, True):
-                backward(model, micro, hide)
-                both.append([p.grad for p in model.parameters()])
-                optimizer.zero_grad()
-            found["bits"] &= all(map(torch.equal, *both))
-    return found | {"elements": {f"{kind} {axis}": float(n) for (kind, axis), n in log.elements.items()}}
+show = lambda dims: "x".join(map(str, dims))
 
 
 def same_curves(cfg: Config, w: cluster.World, run: report.Run) -> dict:
@@ -1806,15 +1705,14 @@ def same_curves(cfg: Config, w: cluster.World, run: report.Run) -> dict:
     found = {"alone": alone["loss"], "loss": 0.0, "norm": 0.0, "volume": True, "bits": True, "curves": {}}
     fit = [d for d in grids(w.size) if not SMALL.misfit(*d[:2]) and 16 % (d[2] * d[3]) == 0]
     for dims in report.progress(fit, "A, B, D", w):
-        grid = Grid(*dims)
-        here = curve(SMALL, grid, cfg.seed)
+        here = curve(SMALL, Grid(*dims), cfg.seed)
         for name in ("loss", "norm"):
             here[f"{name}_error"] = max(abs(a - b) for a, b in zip(here[name], alone[name], strict=True))
             found[name] = max(found[name], here[f"{name}_error"])
         for name in ("volume", "bits"):  # on every rank
             found[name] &= bool(cluster.total(torch.tensor(int(here[name]), device=w.device)) == w.size)
-        found["curves"][str(grid)] = here["loss"]
-        run.log(grid=str(grid), **{k: here[k] for k in ("loss_error", "norm_error", "volume", "bits", "elements")})
+        found["curves"][show(dims)] = here["loss"]
+        run.log(grid=show(dims), **{k: here[k] for k in ("loss_error", "norm_error", "volume", "bits", "elements")})
     return found | {"grids": len(fit)}
 
 
@@ -1824,45 +1722,39 @@ def spearman(a: list[float], b: list[float]) -> float:
     return torch.corrcoef(torch.stack([ra, rb]))[0, 1].item()
 
 
-def step_times(
-    c: GPTConfig, fit: list, rows: int, accum: int, rounds: int, w: cluster.World, ranks: range, ways=(False,)
-) -> dict:
+def step_times(c: GPTConfig, fit: list, rows: int, accum: int, w: cluster.World, ranks: range, ways=(False,)) -> dict:
     """Median seconds of a training step and of waiting in it, {(dims, hide): (step, waiting)}; grids interleaved."""
-    models = {d: GPT3D(c, g) if (g := Grid(*d, ranks=ranks)).member else None for d in fit}
-    optimizers = {d: adamw(model, 1e-4) for d, model in models.items() if model is not None}
-    took = {(d, hide): [] for d in fit for hide in ways}
-    if w.rank in ranks:
-        for i in report.progress(range(rounds + 1), "timing", w):
-            for (d, hide), seconds in took.items():
-                model, grid = models[d], models[d].grid
-                ids = torch.randint(c.vocab, (rows, c.seq + 1), generator=cluster.generator(i))
-                micro = ids.chunk(grid.num_data_shards)[grid.data_shard].to(grid.device).chunk(accum)
-                grid.total(torch.zeros(1, device=grid.device))
-                report.synchronize(grid.device)
-                start = time.perf_counter()
-                with CommLog() as log:
-                    backward(model, micro, hide)
-                    clip_grad_norm_(model, 1.0)
-                optimizers[d].step()
-                report.synchronize(grid.device)
-                seconds.append((time.perf_counter() - start, log.seconds))
-                model.zero_grad()
+    models = {d: GPT3D(c, g) for d in fit if (g := Grid(*d, ranks=ranks)).member}
+    optimizers = {d: adamw(model, 1e-4) for d, model in models.items()}
+    took = {(d, hide): [] for d in models for hide in ways}
+    for i in report.progress(range(6), "timing", w) if models else ():
+        for (d, hide), seconds in took.items():
+            model, grid = models[d], models[d].grid
+            ids = torch.randint(c.vocab, (rows, c.seq + 1), generator=cluster.generator(i))
+            micro = ids.chunk(grid.num_data_shards)[grid.data_shard].to(grid.device).chunk(accum)
+            grid.total(torch.zeros(1, device=grid.device))
+            report.synchronize(grid.device)
+            start = time.perf_counter()
+            with CommLog() as log:
+                backward(model, micro, hide)
+                update(model, optimizers[d], 1e-4, 1.0)
+            report.synchronize(grid.device)
+            seconds.append((time.perf_counter() - start, log.seconds))
     dist.barrier()
-    median = lambda rows: tuple(statistics.median(column) for column in zip(*rows[1:], strict=True)) if rows else (0, 0)
-    return {key: median(rows) for key, rows in took.items()}  # the first round warms up
+    median = lambda rows: tuple(statistics.median(column) for column in zip(*rows, strict=True))
+    return {key: median(rows[1:]) for key, rows in took.items()}  # the first round warms up
 
 
 def planner(cfg: Config, w: cluster.World, run: report.Run) -> dict:
     """Part C: predicted communication against measured steps on all grids of four ranks (two where there are two)."""
-    ranks = range(min(4, w.size))
+    ranks, rows = range(min(4, w.size)), 16
     measured = calibrate(Grid(gdata=len(ranks), ranks=ranks))
-    fit, rows = grids(len(ranks)), 16
-    took = step_times(TIMED, fit, rows, 1, 5, w, ranks)
+    took = step_times(TIMED, grids(len(ranks)), rows, 1, w, ranks)
     if not w.main:
         return {}
-    points = {d: (predict_measured(TIMED, rows, d, measured), took[d, False][0]) for d in fit}
+    points = {d: (predict_measured(TIMED, rows, d, measured), seconds) for (d, _), (seconds, _) in took.items()}
     for d, (predicted, seconds) in points.items():
-        run.log(grid="x".join(map(str, d)), predicted=predicted, step_seconds=seconds)
+        run.log(grid=show(d), predicted=predicted, step_seconds=seconds)
     order = sorted(points, key=lambda d: points[d][0])
     best = min(points, key=lambda d: points[d][1])
     return {"points": points, "spearman": spearman(*zip(*points.values(), strict=True)), "best": order.index(best) + 1}
@@ -1870,10 +1762,9 @@ def planner(cfg: Config, w: cluster.World, run: report.Run) -> dict:
 
 def memorisation(cfg: Config, w: cluster.World, run: report.Run) -> dict:
     """Part E: exact match by width, loss and epochs; the four runs are dealt out to the ranks."""
-    runs, mine = [(width, goldfish) for goldfish in (False, True) for width in WIDTHS], {}
+    runs, mine, all_ranks = [(width, goldfish) for goldfish in (False, True) for width in WIDTHS], {}, [None] * w.size
     for i in report.progress(range(w.rank, len(runs), w.size), "E", w):
         mine[runs[i]] = memorise(*runs[i], cfg.seed)
-    all_ranks = [None] * w.size
     dist.all_gather_object(all_ranks, mine)
     found = {key: exact for part in all_ranks for key, exact in part.items()}
     for (width, goldfish), exact in found.items():
@@ -1883,9 +1774,8 @@ def memorisation(cfg: Config, w: cluster.World, run: report.Run) -> dict:
 
 def demo(cfg: Config, w: cluster.World) -> None:
     """All parts, their tables, the picture and the claim."""
-    run = report.Run(cfg.out, cfg, w)
+    run, yes = report.Run(cfg.out, cfg, w), lambda ok: "yes" if ok else "NO"
     same = same_curves(cfg, w, run)
-    yes = lambda ok: "yes" if ok else "NO"
     w.print(
         f"A  {same['grids']} grids of {w.size} ranks against one process, float64: "
         f"loss off by {same['loss']:.1e}, norm by {same['norm']:.1e}\n"
@@ -1894,26 +1784,21 @@ def demo(cfg: Config, w: cluster.World) -> None:
     )
     timed, judged = planner(cfg, w, run) if w.size > 1 else {}, w.size >= 4  # four grids of two ranks rank nothing
     if timed:
-        rows = [["x".join(map(str, d)), f"{1e3 * p:.0f}", f"{1e3 * t:.0f}"] for d, (p, t) in timed["points"].items()]
+        rows = [[show(d), f"{1e3 * p:.0f}", f"{1e3 * t:.0f}"] for d, (p, t) in timed["points"].items()]
         w.print("\n" + report.table(["C  grid", "predicted communication ms", "measured step ms"], rows))
-        w.print(
-            f"C  Spearman correlation {timed['spearman']:.2f}; the fastest grid is number {timed['best']} predicted\n"
-        )
+        best = f"the fastest grid is number {timed['best']} predicted"
+        w.print(f"C  Spearman correlation {timed['spearman']:.2f}; {best}\n")
     exact = memorisation(cfg, w, run)
-    rows = [[f"E  width {width}, {'goldfish' if g else 'ordinary'}", *e] for (width, g), e in exact.items()]
-    w.print(report.table(["exact match after epochs", *map(str, BUCKETS)], rows) + "\n")
-    if w.main and timed:
-        w.print(
-            report.picture(
-                f"{cfg.out}/axonn.png", functools.partial(draw, same, timed, exact), ncols=3, figsize=(16, 4.5)
-            )
-        )
-    (narrow, wide), (_, guarded) = ([exact[width, g] for width in WIDTHS] for g in (False, True))
-    toy = wide[-1] > narrow[-1] and wide[-1] > wide[0] and wide == sorted(wide) and max(guarded) <= wide[0] + 0.05
-    rank = timed.get("spearman", 0.0)
-    equal = max(same["loss"], same["norm"]) <= 1e-12
     if not w.main:
         return
+    rows = [[f"E  width {width}, {'goldfish' if g else 'ordinary'}", *e] for (width, g), e in exact.items()]
+    print(report.table(["exact match after epochs", *map(str, BUCKETS)], rows) + "\n")
+    if timed:
+        figure = functools.partial(draw, same, timed, exact)
+        print(report.picture(f"{cfg.out}/axonn.png", figure, ncols=3, figsize=(16, 4.5)))
+    (narrow, wide), (_, guarded) = ([exact[width, g] for width in WIDTHS] for g in (False, True))
+    toy = wide[-1] > narrow[-1] and wide[-1] > wide[0] and wide == sorted(wide) and max(guarded) <= wide[0] + 0.05
+    rank, equal = timed.get("spearman", 0.0), max(same["loss"], same["norm"]) <= 1e-12
     run.claim(
         "one algorithm trains on any 4D grid as one process would, hides its communication, and predicts its best grid",
         "620.1 Pflop/s on 4096 A100, 1.381 Eflop/s on 32768 MI250X dies; overlap and planning checked there by speed",
@@ -1922,7 +1807,8 @@ def demo(cfg: Config, w: cluster.World) -> None:
         f"Spearman {rank:.2f}{'' if judged else ' (4 grids: not judged)'}; "
         f"recited after 16 epochs {narrow[-1]:.2f} (narrow), {wide[-1]:.2f} (wide), {guarded[-1]:.2f} (wide, goldfish)",
         equal and same["volume"] and same["bits"] and (rank >= 0.5 or not judged) and toy,
-        f"{w.size} gloo ranks on one machine, {SMALL.n_layer} layers, width {SMALL.d_model}, seed {cfg.seed}",
+        f"{w.size} {dist.get_backend()} ranks on one machine, {SMALL.n_layer} layers, width {SMALL.d_model}, "
+        f"seed {cfg.seed}",
     )
 
 
@@ -1938,10 +1824,9 @@ def draw(same: dict, timed: dict, exact: dict, figure, axes) -> None:
     left.set_title(f"One curve: {same['grids']} grids, one ring each\nlargest difference {same['loss']:.0e}")
     left.legend(frameon=False)
     for d, (predicted, seconds) in timed["points"].items():
-        middle.plot(1e3 * predicted, 1e3 * seconds, "o", color="C0")
-        middle.annotate(
-            "x".join(map(str, d)), (1e3 * predicted, 1e3 * seconds), xytext=(4, 4), textcoords="offset points"
-        )
+        at = 1e3 * predicted, 1e3 * seconds
+        middle.plot(*at, "o", color="C0")
+        middle.annotate(show(d), at, xytext=(4, 4), textcoords="offset points")
     middle.margins(0.15)
     middle.set(xlabel="predicted communication, ms", ylabel="measured step, ms")
     middle.set_title(f"Which grid is fast: Spearman {timed['spearman']:.2f}")
@@ -1959,48 +1844,37 @@ def draw(same: dict, timed: dict, exact: dict, figure, axes) -> None:
 
 def bench(cfg: Config, w: cluster.World) -> None:
     """Step time, FLOP rate and share of waiting per grid, overlap on and off; then the ways to multiply."""
-    cuda = w.device.type == "cuda"
-    if cfg.model not in PRESETS:
-        raise BadInput(f"--model {cfg.model}: bench knows {', '.join(PRESETS)}")
-    changes = {n: getattr(cfg, n) for n in ("dtype", "checkpoint", "cache_weights", "compile", "seed")}
-    c = replace(PRESETS[cfg.model], seq=cfg.seq or PRESETS[cfg.model].seq, **changes)
+    c, dtype, cuda = preset(cfg), getattr(torch, cfg.dtype), w.device.type == "cuda"
     fit = [d for d in grids(w.size) if not c.misfit(*d[:2])]
     fit = fit if cfg.grid == Config.grid else [make_grid(cfg, w).dims]
     fit = [d for d in fit if cfg.batch % (d[2] * d[3] * cfg.accum) == 0]
     if not fit:
         raise BadInput(f"no grid of {w.size} ranks splits --model {cfg.model} and --batch {cfg.batch} over --accum "
                        f"{cfg.accum}. Make --batch a multiple of {w.size * cfg.accum}.")  # fmt: skip
-    copied, ceiling = report.ceilings(w.device, getattr(torch, cfg.dtype))
-    tokens = cfg.batch * c.seq
-    w.print(f"{report.device_name(w.device)}, {w.size} ranks, {cfg.model}, {cfg.dtype}, {tokens} tokens a step, "
-            f"{'with' if c.checkpoint else 'without'} recomputation; "
-            f"matrix products alone reach {ceiling / 1e12:.3f} TFLOP/s a rank")  # fmt: skip
+    copied, ceiling = report.ceilings(w.device, dtype)
+    tokens, how = cfg.batch * c.seq, "with" if c.checkpoint else "without"
     model_flop, hardware_flop = (flops_per_iteration(c, tokens, again) / w.size for again in (False, c.checkpoint))
-    w.print(f"FLOP per rank and step: model {model_flop:.4g}, hardware {hardware_flop:.4g}")
-    times, rows = step_times(c, fit, cfg.batch, cfg.accum, 5, w, range(w.size), (False, True)), []
+    w.print(f"{report.device_name(w.device)}, {w.size} ranks, {cfg.model}, {cfg.dtype}, {tokens} tokens a step, "
+            f"{how} recomputation; matrix products alone reach {ceiling / 1e12:.3f} TFLOP/s a rank\n"
+            f"FLOP per rank and step: model {model_flop:.4g}, hardware {hardware_flop:.4g}")  # fmt: skip
+    times, rows = step_times(c, fit, cfg.batch, cfg.accum, w, range(w.size), (False, True)), []
     for (d, hide), (t, waited) in times.items():
-        rate = [f"{f / t / 1e12:.3f}" for f in (model_flop, hardware_flop)]
-        share = [f"{f / t / ceiling:.0%}" for f in (model_flop, hardware_flop)]
-        rows.append(
-            ["x".join(map(str, d)), "on" if hide else "off", f"{1e3 * t:.1f}", f"{waited / t:.0%}", *rate, *share]
-        )
+        rate = [f / t for f in (model_flop, hardware_flop)]
+        cells = [*(f"{r / 1e12:.3f}" for r in rate), *(f"{r / ceiling:.0%}" for r in rate)]
+        rows.append([show(d), "on" if hide else "off", f"{1e3 * t:.1f}", f"{waited / t:.0%}", *cells])
     head = ["grid", "overlap", "step ms", "waiting", "model TFLOP/s", "hardware", "model of ceiling", "hardware"]
     w.print(report.table(head, rows))
-    products, m = [], 2048 if cuda else 32
+    products, m, shrink = [], *((2048, 1) if cuda else (32, 64))
     for name in ("5B", "320B"):
         for k, n, _ in report.progress(PRESETS[name].products(), name, w):
-            k, n = (k, n) if cuda else (k // 64, n // 64)
-            x, W = (torch.randn(s, device=w.device).to(getattr(torch, cfg.dtype)) for s in ((m, k), (n, k)))
-            dy = torch.randn(m, n, device=w.device).to(x.dtype)
-            for kind, a, b in (("O", x, W.T), ("dI", dy, W), ("dW", dy.T, x)):
+            k, n = k // shrink, n // shrink
+            for kind, (a, b) in layer_products(m, k, n, dtype, w.device).items():
                 t = time_matmul(a, b)
                 best = min(t, key=t.get)
                 cells = [f"{1e3 * t[v]:.3f}" for v in ("default", "NN", "NT", "TN")]
                 products.append([f"{name} {kind} {m}x{k}x{n}", *cells, best, t["default"] / t[best]])
-            del x, W, dy
-    w.print(
-        "\n" + report.table(["product m x k x n", "default ms", "NN", "NT", "TN", "best", "default/best"], products)
-    )
+    columns = ["product m x k x n", "default ms", "NN", "NT", "TN", "best", "default/best"]
+    w.print("\n" + report.table(columns, products))
     if not cuda:
         w.print("on a CPU all widths are divided by 64; on NVIDIA GPUs expect 0 to 5 %, the paper's gain is AMD's")
     if w.main:
@@ -2011,22 +1885,14 @@ def bench(cfg: Config, w: cluster.World) -> None:
 
 def plan(cfg: Config) -> None:
     """Print the grids that the model of communication puts first: time per axis, memory per rank."""
-    if cfg.model not in PRESETS:
-        raise BadInput(f"--model {cfg.model}: plan knows {', '.join(PRESETS)}")
+    c = replace(preset(cfg), checkpoint=True)
     m = Machine(cfg.gpus_per_node, cfg.inter_bw) if cfg.machine == "other" else machine(cfg.machine)
     m = replace(m, intra_bw=cfg.intra_bw, alpha=cfg.alpha)
-    c = replace(PRESETS[cfg.model], checkpoint=True, seq=cfg.seq or PRESETS[cfg.model].seq)
-    try:
-        least = cfg.min_tp or MIN_TP.get(cfg.model, 1)
-        best = rank_configs(c, cfg.world, cfg.sequences, m, min_tp=least, top_k=cfg.top, c_fwd=2)
-    except ValueError as e:
-        raise BadInput(str(e)) from e
-    names = ("ag_z", "rs_z", "ar_fwd", "ar_bwd", "ar_data")
-    rows = [
-        [" ".join(map(str, d)), *(t[n] for n in names), total, memory_bytes(c, cfg.sequences * c.seq, d) / 2**30]
-        for d, total, t in best
-    ]
-    tokens = cfg.sequences * c.seq
+    least = cfg.min_tp or SIZES.get(cfg.model, (1,))[-1]
+    best = rank_configs(c, cfg.world, cfg.sequences, m, min_tp=least, top_k=cfg.top, c_fwd=2)
+    tokens, names = cfg.sequences * c.seq, ("ag_z", "rs_z", "ar_fwd", "ar_bwd", "ar_data")
+    rows = [[" ".join(map(str, d)), *(t[n] for n in names), total, memory_bytes(c, tokens, d) / 2**30]
+            for d, total, t in best]  # fmt: skip
     print(f"{cfg.model}: {parameters(c) / 1e9:.2f} G parameters, {tokens} tokens and "
           f"{flops_per_iteration(c, tokens):.3g} FLOP per step, {cfg.world} ranks of {cfg.machine}, bf16, "
           f"recomputation")  # fmt: skip
@@ -2065,10 +1931,10 @@ def main(cfg: Config) -> None:
     if cfg.mode == "plan":
         return plan(cfg)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # kernels start in issue order, which overlap() needs
-    alone = "RANK" not in os.environ
+    alone, gpu = "RANK" not in os.environ, torch.cuda.is_available()
     if cfg.mode == "demo" and cfg.device == "auto":
         cfg.device = "cpu"  # the demo's claims are about gloo ranks; NCCL promises no equal bits
-    if alone and cfg.ranks > 1 and (cfg.mode == "demo" or (cfg.mode == "bench" and not torch.cuda.is_available())):
+    if alone and cfg.ranks > 1 and (cfg.mode == "demo" or (cfg.mode == "bench" and not gpu)):
         return local_ranks(cfg.ranks, cfg.device)
     with cluster.world(cfg.device) as w:
         {"demo": demo, "train": train, "bench": bench}[cfg.mode](cfg, w)
