@@ -398,7 +398,7 @@ def exact_topk(scores: Tensor, k: int, method: str = "blocks") -> tuple[Tensor, 
     if method not in ("blocks", "radix"):
         raise ValueError(f"unknown method {method!r}; choose blocks or radix")
     if method == "radix":
-        return radix_topk(scores, k)
+        return kernels.radix_topk(scores, k)
     size = 1 << max(0, round(math.log2(max(1, n / max(1, k))) / 2))  # rows per block, about sqrt(N / k)
     count = n // size
     if size < 4 or n < 4096 or k == 0:
@@ -414,42 +414,6 @@ def exact_topk(scores: Tensor, k: int, method: str = "blocks") -> tuple[Tensor, 
     rows = torch.cat([rows.flatten(-2), rest], dim=-1)  # (..., size k + n % size)
     values, at = scores.gather(-1, rows).topk(k, dim=-1, sorted=False)
     return values, rows.gather(-1, at)
-
-
-def ordered_key(scores: Tensor) -> Tensor:
-    """float32 -> int64 in 0..2^32 - 1 with the same order; -0 and +0 are equal, NaN lies above +inf."""
-    bits = (scores + 0.0).view(torch.int32).long() & 0xFFFFFFFF
-    return torch.where(bits >= 2**31, 0xFFFFFFFF - bits, bits + 2**31)
-
-
-def radix_threshold(key: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of key (..., N): the k-th largest (..., 1), and how many rows equal to it belong to the k largest (..., 1).
-
-    Three passes, each a histogram of the next bits among the rows that share the bits found so far.
-    """
-    need = torch.full_like(key[..., :1], k)
-    prefix = torch.zeros_like(need)
-    for shift, width in ((21, 11), (10, 11), (0, 10)):
-        alive = (key >> (shift + width)) == prefix
-        bins = (key >> shift) & ((1 << width) - 1)
-        count = torch.zeros(*key.shape[:-1], 1 << width, dtype=torch.long, device=key.device)
-        count = count.scatter_add(-1, bins, alive.long())
-        above = count.flip(-1).cumsum(-1).flip(-1) - count  # rows in higher bins
-        pivot = ((above < need) & (need <= above + count)).int().argmax(dim=-1, keepdim=True)  # (..., 1)
-        need, prefix = need - above.gather(-1, pivot), (prefix << width) | pivot
-    return prefix, need
-
-
-def radix_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """exact_topk by radix select. scores (..., N) float32. ValueError: another dtype."""
-    if scores.dtype != torch.float32:
-        raise ValueError(f"radix select reads the bits of float32, got {scores.dtype}. Use method='blocks'.")
-    key = ordered_key(scores)
-    threshold, need = radix_threshold(key, k)
-    tie = key == threshold
-    chosen = (key > threshold) | (tie & (tie.cumsum(-1) <= need))
-    index = torch.arange(key.shape[-1], device=key.device).expand_as(key)[chosen].reshape(*key.shape[:-1], k)
-    return scores.gather(-1, index), index
 
 
 def dense_weights(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
@@ -490,7 +454,7 @@ def sharded_topk_attention(
 def _sharded_one(q, k, v, topk, ks, vs, scale, group=None, want_index: bool = False) -> tuple:
     """sharded_topk_attention of one sequence: q (Hq, T, D), this rank's k, v (Hk, n, D) -> o, l, index or None.
 
-    Two collectives: the ranks' best scores are gathered, and what survives among them is summed.
+    The ranks' best scores are gathered, and the attention of each to what survives of its own.
     """
     (Hq, T, D), Hk, rank, size = q.shape, len(k), dist.get_rank(group), dist.get_world_size(group)
     n = torch.zeros(size, dtype=torch.long, device=q.device)
@@ -511,168 +475,16 @@ def _sharded_one(q, k, v, topk, ks, vs, scale, group=None, want_index: bool = Fa
     best = union.sort(dim=-1, descending=True, stable=True).indices[..., :top]  # the same on every rank, ties and all
     mine = ((best >= rank * top) & (best < (rank + 1) * top)).sum(dim=-1, keepdim=True)  # so many of my first ones
     most = int(mine.max()) if mine.numel() else 0
-    base = (union.amax(dim=-1, keepdim=True) if top else union.new_zeros(*union.shape[:2], 1)) * scale
-    p = (value[..., :most] * scale - base).exp() * (torch.arange(most, device=q.device) < mine)
-    o = torch.matmul(p[:, :, None], _rows(v, index[..., :most]).to(p.dtype))[:, :, 0]  # (Hk, R, D), not yet divided
-    total = torch.cat([o, p.sum(dim=-1, keepdim=True)], dim=-1)
-    dist.all_reduce(total, group=group)
-    weight = total[..., D:]
-    o, l = total[..., :D] / weight.clamp(min=torch.finfo(p.dtype).tiny), (weight.log() + base)[..., 0]
-    o, l = merge_lse(o, l, *_suffix_part(rows, ks, vs, scale, T))  # every rank holds the suffix: it counts once
+    s = value[..., :most].masked_fill(torch.arange(most, device=q.device) >= mine, -math.inf)
+    o, l = _part(s * scale, _rows(v, index[..., :most]))
+    parts = [torch.empty_like(F.pad(o, (0, 1))) for _ in range(size)]
+    dist.all_gather(parts, torch.cat([o, l[..., None]], dim=-1), group=group)
+    o, l = _suffix_part(rows, ks, vs, scale, T)  # every rank holds the suffix: it counts once
+    for part in parts:
+        o, l = merge_lse(o, l, part[..., :D], part[..., D])
     if want_index:
         index = gathered(index + n[:rank].sum(), -1).gather(-1, best).reshape(Hq, T, top)
     return o.reshape(Hq, T, D), l.reshape(Hq, T), index if want_index else None
-
-
-# ---- approximate first passes: what is scanned instead of the keys
-#
-# An index takes in the keys of a layer by add(k), k (Hk, all rows so far, D); n of them are in it. candidates(q, count,
-# top): q (Hk, R, D) -> rows (Hk, R, count), and whether the best `top` are proven to be among them (Hk, R), or None.
-
-GROUP = 64  # rows that share a scale and an offset
-
-
-class Quantised:
-    """A small copy of the keys: q4 (x - low) / scale in 4 bits, scale and offset per 64 rows and channel, channels d
-    and d + D/2 in one byte; or sign, 1 bit per channel and the row's norm. Rows that do not fill a group of 64 stay
-    out; the store searches them exactly.
-    """
-
-    def __init__(self, kind: str, Hk: int, D: int, device):
-        if D % (8 if kind == "sign" else 2):
-            raise ValueError(f"index {kind!r} packs several channels into a byte: head width {D} does not divide")
-        self.kind, self.D, self.device, self.n, self.parts = kind, D, device, 0, []
-
-    def add(self, k: Tensor) -> None:
-        new, end, pack = [], k.shape[1] // GROUP * GROUP, self._signs if self.kind == "sign" else self._levels
-        for a in range(self.n, end, 1024 * GROUP):  # a block at a time
-            new.append(pack(k[:, a : min(end, a + 1024 * GROUP)].to(self.device).float()))
-        if new:
-            blocks = [self.parts, *new] if self.n else new
-            self.parts, self.n = [torch.cat(part, dim=1) for part in zip(*blocks, strict=True)], end
-
-    def _signs(self, x: Tensor) -> tuple[Tensor, ...]:
-        bits = (x > 0).unflatten(-1, (-1, 8)).to(torch.uint8)
-        weight = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
-        return (bits * weight).sum(dim=-1, dtype=torch.uint8), (x.norm(dim=-1, keepdim=True) / self.D**0.5).half()
-
-    def _levels(self, x: Tensor) -> tuple[Tensor, ...]:
-        x = x.unflatten(1, (-1, GROUP))  # (Hk, g, 64, D)
-        low = x.amin(dim=2).half()  # (Hk, g, D)
-        scale = ((x.amax(dim=2) - low.float()) / 15).clamp(min=1e-7).half()
-        step = scale.float().clamp(min=1e-7)[:, :, None]
-        code = ((x - low.float()[:, :, None]) / step).round_().clamp_(0, 15).to(torch.uint8).flatten(1, 2)
-        return code[..., : self.D // 2] | (code[..., self.D // 2 :] << 4), scale, low
-
-    def widen(self, a: int, e: int) -> Tensor:
-        """Rows a..e - 1 as fp32, (Hk, e - a, D). a and e are multiples of 64."""
-        code = self.parts[0][:, a:e]
-        if self.kind == "sign":
-            bits = (code[..., None] >> torch.arange(8, dtype=torch.uint8, device=code.device)) & 1
-            return (bits.flatten(-2).float() * 2 - 1) * self.parts[1][:, a:e].float()
-        code = torch.cat([code & 15, code >> 4], dim=-1)
-        scale, low = (p[:, a // GROUP : e // GROUP, None].float() for p in self.parts[1:])  # (Hk, g, 1, D)
-        return (code.unflatten(1, (-1, GROUP)) * scale + low).flatten(1, 2)
-
-    def candidates(self, q: Tensor, count: int, top: int) -> tuple[Tensor, None]:
-        if q.is_cuda and self.kind == "q4" and kernels.available():
-            return kernels.topk_triton(kernels.q4_scores_triton(q, *self.parts), count)[1], None
-        s = torch.empty(len(q), q.shape[1], self.n, device=q.device)
-        for a in range(0, self.n, 4096):
-            e = min(self.n, a + 4096)
-            torch.bmm(q, self.widen(a, e).transpose(1, 2), out=s[..., a:e])
-        return exact_topk(s, count)[1], None
-
-
-class Int8:
-    """Keys in 8 bits, scaled per head and channel, that prove what they find.
-
-    With k = scale * code + e, |e_d| <= error_d, the integer score is off by no more than sum_d |q_d| error_d. So the
-    rows left out of the candidates are worse than the best `top` of them as soon as the two integer scores differ by
-    twice that, and the exact scores of the candidates then give the exact choice.
-    """
-
-    def __init__(self, Hk: int, D: int, device):
-        if D % 8 or D > 512:
-            raise ValueError(f"index 'q8' takes 8 channels at a time, 512 at most: head width {D} does not fit")
-        self.n = 0
-        self.parts = [torch.empty(Hk, 0, D, dtype=torch.int8, device=device), *torch.zeros(2, Hk, 1, D, device=device)]
-
-    def add(self, k: Tensor) -> None:
-        """Codes of the new rows; of all rows anew if the new ones exceed the scale."""
-        code, scale, error = self.parts
-        blocks = lambda: (x.to(code.device).float() for x in k[:, self.n :].split(65536, dim=1))
-        peak = functools.reduce(torch.maximum, (x.abs().amax(dim=1, keepdim=True) for x in blocks()), 0 * scale)
-        if not (peak <= 127 * scale).all():  # also where K holds NaN
-            scale = (torch.maximum(peak, 127 * scale * (self.n > 0)) / 127).clamp(min=1e-30)
-            self.n, code, error = 0, code[:, :0], 0 * error
-        new = [code]
-        for x in blocks():
-            new.append((x / scale).round().to(torch.int8))
-            error = torch.maximum(error, (x - new[-1] * scale).abs().amax(dim=1, keepdim=True))
-        self.parts, self.n = [torch.cat(new, dim=1), scale, error], k.shape[1]
-
-    def candidates(self, q: Tensor, count: int, top: int) -> tuple[Tensor, Tensor]:
-        (code, scale, error), R = self.parts, q.shape[1]
-        p = q * scale  # q . k = p . code
-        unit = p.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
-        high = (p / unit).round()
-        low = ((p / unit - high) * 254).round()  # q in 16 bits: p = unit (high + low / 254)
-        columns = F.pad(torch.cat([high, low], dim=1), (0, 0, 0, -2 * R % 8)).to(torch.int8)  # (Hk, 2 R, D), padded
-        s = torch.empty(len(q), self.n, R, dtype=torch.int32, device=q.device)
-        for h in range(len(q)):
-            both = torch._int_mm(code[h], columns[h].T)  # (n, 2 R)
-            torch.add(both[:, R : 2 * R], both[:, :R], alpha=254, out=s[h])
-        score, index = exact_topk(s.transpose(1, 2), count)  # (Hk, R, count)
-        off = (q.abs() * error).sum(-1) + 127 * (p - unit * (high + low / 254)).abs().sum(-1)  # (Hk, R)
-        gap = (score.topk(top, dim=-1).values[..., -1] - score.amin(dim=-1)) * unit[..., 0] / 254
-        return index, gap > 2.001 * off
-
-
-class Clusters:
-    """An inverted-file index: rows in lists around spherical k-means centres; a query reads the lists nearest to it.
-
-    ceil(n / 1000) lists, ceil(sqrt n) above 900 000 rows, 8 read, centres from the first 100 000 rows: the settings of
-    the paper's released code. Rows added later stay out until they are a quarter of the rest.
-    """
-
-    probes = 8
-
-    def __init__(self, Hk: int, D: int, device):
-        self.n, self.device, self.parts = 0, device, []  # parts: centres, rows list by list, where each list starts
-
-    def add(self, k: Tensor) -> None:
-        n = k.shape[1]
-        if n < max(1, 1.25 * self.n):
-            return
-        lists = math.ceil(n / 1000) if n <= 900_000 else math.ceil(n**0.5)
-        g, found = cluster.generator(n), []
-        for keys in k:  # a head
-            unit = lambda a, e, keys=keys: F.normalize(keys[a:e].to(self.device).float(), dim=-1)
-            train = unit(0, 100_000)
-            c = train[torch.randperm(len(train), generator=g)[:lists].to(train.device)]
-            for _ in range(8):
-                home = (train @ c.T).argmax(dim=1)
-                c = F.normalize(torch.zeros_like(c).index_add_(0, home, train) + 1e-6 * c, dim=-1)
-            home = torch.cat([(unit(a, a + 65536) @ c.T).argmax(dim=1) for a in range(0, n, 65536)]).cpu()
-            found.append((c, home.argsort(stable=True), F.pad(home.bincount(minlength=lists).cumsum(0), (1, 0))))
-        self.parts, self.n = [torch.stack(part) for part in zip(*found, strict=True)], n
-
-    def candidates(self, q: Tensor, count: int, top: int) -> tuple[Tensor, None]:
-        """All members of the lists that are read, padded with -1, whatever `count`."""
-        centres, members, start = self.parts
-        near = torch.bmm(q, centres.transpose(1, 2)).topk(min(self.probes, centres.shape[1]), dim=-1).indices.cpu()
-        found = [[torch.cat([members[h, start[h, c] : start[h, c + 1]] for c in row]) for row in near[h]]
-                 for h in range(len(q))]  # fmt: skip
-        most = max(len(x) for rows in found for x in rows)
-        pad = lambda x: F.pad(x, (0, most - len(x)), value=-1)
-        return torch.stack([torch.stack([pad(x) for x in rows]) for rows in found]).to(q.device), None
-
-
-def make_index(kind: str, Hk: int, D: int, device):
-    """The index of one layer, None for "exact"."""
-    make = {"q8": Int8, "ivf": Clusters, "exact": lambda *_: None}.get(kind, functools.partial(Quantised, kind))
-    return make(Hk, D, device)
 
 
 # ---- the cache: keys and values of one sequence, in host memory or on a GPU
@@ -695,7 +507,7 @@ class KVStore:
         self.pin = pin and torch.cuda.is_available() and self.device.type == "cpu"
         self.index_device = torch.device(index_device or ("cuda" if self.pin else self.device))
         self.layers: dict[int, list] = {}  # layer -> [k buffer (Hk, capacity, D), v buffer, rows in use, index]
-        self.meta: dict = {}  # fingerprints, see note()
+        self.meta: dict = {}  # which model and tokens the rows come from, see prefill
 
     @property
     def n(self) -> int:
@@ -724,7 +536,7 @@ class KVStore:
             raise ValueError(f"layer {layer}: k and v (Hk, N, D) needed, got {tuple(k.shape)} and {tuple(v.shape)}")
         Hk, m, D = k.shape
         if layer not in self.layers:
-            index = make_index(self.kind, Hk, D, self.index_device)
+            index = kernels.make_index(self.kind, Hk, D, self.index_device)
             self.layers[layer] = [self._buffer(Hk, m, D), self._buffer(Hk, m, D), 0, index]
         kb, vb, n, index = self.layers[layer]
         if (kb.shape[0], kb.shape[2]) != (Hk, D):
@@ -764,7 +576,7 @@ class KVStore:
         back = lambda *out: tuple(x.reshape(Hq, T, -1) for x in out)
         few = index is not None and every < n and count < index.n
         if few:
-            at, sure = index.candidates(rows.to(self.index_device).float(), count, every)  # (Hk, R, c)
+            at, sure = index.candidates(rows.to(self.index_device).float(), count, every, exact_topk)  # (Hk, R, c)
             few = sure is None or sure.is_cuda or bool(sure.all())
         if not few:
             if k.is_cuda and share == "head" and not sink and not recent and kernels.available():
@@ -815,10 +627,6 @@ class KVStore:
         where = "" if q.is_cuda else f"the suffix, layer {layer}"
         o, *_ = _attend(q, q.to(k.device), find, N, min(N, top), ks, vs, D**-0.5, where)
         return o.to(q.dtype)
-
-    def note(self, model: "Llama", ids: Tensor, extrapolated: bool = False) -> None:
-        """Remember which model and tokens these rows come from."""
-        self.meta = {**model.fingerprints(), "tokens": _sha(ids), "extrapolated": extrapolated}
 
     def check(self, model: "Llama") -> None:
         """BadInput: the rows come from another model, or its layers are not all here."""
@@ -872,7 +680,7 @@ class KVStore:
             if store.device.type != "cpu" or store.pin:
                 store.put(layer, k, v)
                 continue
-            index = make_index(store.kind, len(k), k.shape[2], store.index_device)
+            index = kernels.make_index(store.kind, len(k), k.shape[2], store.index_device)
             if index and store.kind == kind:
                 index.n, index.parts = known, [x.to(store.index_device) for x in parts.values()]
             elif index:
@@ -941,7 +749,7 @@ def available_bytes() -> int:
 def cache_bytes(config: dict, n: int, index: str, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of keys and values, and of the index, of n rows in all layers."""
     L, Hk, D = config["num_hidden_layers"], config["num_key_value_heads"], config["head_dim"]
-    bits = {"exact": 0, "q8": 8, "q4": 4 + 32 / GROUP, "sign": 1 + 16 / D, "ivf": 64 / D}[index]
+    bits = {"exact": 0, "q8": 8, "q4": 4 + 32 / kernels.GROUP, "sign": 1 + 16 / D, "ivf": 64 / D}[index]
     return 2 * n * L * Hk * D * dtype.itemsize, int(n * L * Hk * D * bits / 8)
 
 
@@ -1151,7 +959,7 @@ def prefill(model: Llama, ids: Tensor, store: KVStore, chunk: int = 8192, mlp_sp
                 y = _causal(q, k[:, :, :e], v[:, :, :e])
                 h[a:e].copy_(layer.finish(x, y, mlp_splits)[0])
         store.put(i, k[0], v[0])
-    store.note(model, ids, allow_extrapolation)
+    store.meta = {**model.fingerprints(), "tokens": _sha(ids), "extrapolated": allow_extrapolation}
     return store
 
 
@@ -1396,20 +1204,21 @@ def toy_accuracy(model: Llama, task: str, n: int, queries: int, ks: list, seed: 
 
 # ---- the experiment: long-context tasks in text, after RULER (arXiv:2404.06654), in our own words
 
-NOUNS = """anchor apple apron arrow badge bagel barrel basin basket beacon beaver bench berry blanket bonnet
- bottle bridge brush bucket button cabin cable camel candle canoe carpet carrot castle cello chain chair cherry
- chimney circle cliff clock cloud clover coat comet compass copper coral cotton cradle crane crayon cricket crown
- curtain daisy desk diamond dragon drum eagle engine falcon feather fence fiddle flute forest fossil fountain
- garden garlic ginger glove goose grape guitar hammer harbor hazel helmet hinge honey island jacket jungle kettle
- ladder lantern lemon lizard lobster locket magnet maple marble meadow mirror mitten monkey needle nickel onion
- orchard otter oyster paddle panda parrot pebble pencil pepper pigeon pillow pirate planet pocket""".split()
-ADJECTIVES = """able amber ancient autumn basic bitter blunt bold brave brief bright broad broken calm careful
- cheap clean clear clever cold common cosy crisp curly damp daring dark dear deep dense distant dizzy dry dull
- dusty eager early easy elder empty equal even exact faded faint fair famous fancy fast fierce final fine firm
- flat fluffy fond formal frail free fresh frosty full funny gentle giant glad golden grand grave green grim happy
- hardy harsh hasty heavy hidden hollow honest humble icy idle jolly keen kind large late lazy lean light likely
- little lively local lonely loud loyal lucky mild misty modern narrow neat nimble noble odd pale plain polite
- proud quick quiet rapid rare""".split()
+NOUNS = """anchor apple apron arrow badge bagel barrel basin basket beacon beaver bench berry blanket bonnet bottle
+ bridge brush bucket button cabin cable camel candle canoe carpet carrot castle cello chain chair cherry
+ chimney circle cliff clock cloud clover coat comet compass copper coral cotton cradle crane crayon
+ cricket crown curtain daisy desk diamond dragon drum eagle engine falcon feather fence fiddle flute
+ forest fossil fountain garden garlic ginger glove goose grape guitar hammer harbor hazel helmet hinge
+ honey island jacket jungle kettle ladder lantern lemon lizard lobster locket magnet maple marble meadow
+ mirror mitten monkey needle nickel onion orchard otter oyster paddle panda parrot pebble pencil pepper
+ pigeon pillow pirate planet pocket""".split()
+ADJECTIVES = """able amber ancient autumn basic bitter blunt bold brave brief bright broad broken calm careful cheap
+ clean clear clever cold common cosy crisp curly damp daring dark dear deep dense distant dizzy dry dull
+ dusty eager early easy elder empty equal even exact faded faint fair famous fancy fast fierce final fine
+ firm flat fluffy fond formal frail free fresh frosty full funny gentle giant glad golden grand grave
+ green grim happy hardy harsh hasty heavy hidden hollow honest humble icy idle jolly keen kind large late
+ lazy lean light likely little lively local lonely loud loyal lucky mild misty modern narrow neat nimble
+ noble odd pale plain polite proud quick quiet rapid rare""".split()
 STOCK = ("A cart rolls past the mill.", "Two gulls sit on the wall.", "The baker opens her shop.",
          "Rain is likely before noon.", "Nobody answers the bell.")  # fmt: skip
 TASKS = ("niah_single", "niah_single_1", "niah_single_2", "niah_single_3", "niah_multikey_1", "niah_multikey_2",

@@ -1,16 +1,21 @@
-"""Exact top-k decoding on a GPU, in Triton: scores, radix select, attention to the chosen rows, a dense baseline; and
-the copy of rows from host memory to the GPU.
+"""Exact top-k decoding on a GPU, in Triton: scores, radix select, attention to the chosen rows, a dense baseline. Below
+them, in torch: radix select, the small copies of the keys that are scanned in their place, rows from host memory.
 
 A decode step is a chain of launches without a host synchronisation: counts and thresholds stay on the device. Queries
 of one key/value head are R rows: q (Hk, R, D), scores (Hk, R, N). Row offsets are int64, as N x Hk x D passes 2^31. The
-torch twins are _scores, radix_topk, topk_attention and Quantised in topk_attention.py. Not yet run on a GPU.
+torch twins are radix_topk and Quantised here, _scores and topk_attention in topk_attention.py. Not yet run on a GPU.
 """
 
 import contextlib
+import functools
+import math
 import os
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from common.dist import generator
 
 try:
     import triton
@@ -407,6 +412,198 @@ def topk_attention_triton(
         found.append(_merge(o, l))
     o, l = zip(*found, strict=True)
     return torch.stack(o).reshape(q.shape), torch.stack(l).reshape(B, Hq, T)
+
+
+# ---- radix select in torch: what the kernels do
+
+
+def ordered_key(scores: Tensor) -> Tensor:
+    """float32 -> int64 in 0..2^32 - 1 with the same order; -0 and +0 are equal, NaN lies above +inf."""
+    bits = (scores + 0.0).view(torch.int32).long() & 0xFFFFFFFF
+    return torch.where(bits >= 2**31, 0xFFFFFFFF - bits, bits + 2**31)
+
+
+def radix_threshold(key: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Of key (..., N): the k-th largest (..., 1), and how many rows equal to it belong to the k largest (..., 1).
+
+    Three passes, each a histogram of the next bits among the rows that share the bits found so far.
+    """
+    need = torch.full_like(key[..., :1], k)
+    prefix = torch.zeros_like(need)
+    for shift, width in ((21, 11), (10, 11), (0, 10)):
+        alive = (key >> (shift + width)) == prefix
+        bins = (key >> shift) & ((1 << width) - 1)
+        count = torch.zeros(*key.shape[:-1], 1 << width, dtype=torch.long, device=key.device)
+        count = count.scatter_add(-1, bins, alive.long())
+        above = count.flip(-1).cumsum(-1).flip(-1) - count  # rows in higher bins
+        pivot = ((above < need) & (need <= above + count)).int().argmax(dim=-1, keepdim=True)  # (..., 1)
+        need, prefix = need - above.gather(-1, pivot), (prefix << width) | pivot
+    return prefix, need
+
+
+def radix_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row by radix select: scores (..., N) float32 -> values, indices, both (..., k). The lowest
+    index wins a tie, indices ascend. ValueError: another dtype."""
+    if scores.dtype != torch.float32:
+        raise ValueError(f"radix select reads the bits of float32, got {scores.dtype}. Use method='blocks'.")
+    key = ordered_key(scores)
+    threshold, need = radix_threshold(key, k)
+    tie = key == threshold
+    chosen = (key > threshold) | (tie & (tie.cumsum(-1) <= need))
+    index = torch.arange(key.shape[-1], device=key.device).expand_as(key)[chosen].reshape(*key.shape[:-1], k)
+    return scores.gather(-1, index), index
+
+
+# ---- approximate first passes: what is scanned instead of the keys
+#
+# An index takes in the keys of a layer by add(k), k (Hk, all rows so far, D); n of them are in it. candidates(q, count,
+# top, select): q (Hk, R, D) -> rows (Hk, R, count), and whether the best `top` are proven to be among them (Hk, R), or
+# None. select(scores (..., n), count) -> values, indices names the largest of a row.
+
+GROUP = 64  # rows that share a scale and an offset
+
+
+class Quantised:
+    """A small copy of the keys: q4 (x - low) / scale in 4 bits, scale and offset per 64 rows and channel, channels d
+    and d + D/2 in one byte; or sign, 1 bit per channel and the row's norm. Rows that do not fill a group of 64 stay
+    out; the store searches them exactly.
+    """
+
+    def __init__(self, kind: str, Hk: int, D: int, device):
+        if D % (8 if kind == "sign" else 2):
+            raise ValueError(f"index {kind!r} packs several channels into a byte: head width {D} does not divide")
+        self.kind, self.D, self.device, self.n, self.parts = kind, D, device, 0, []
+
+    def add(self, k: Tensor) -> None:
+        new, end, pack = [], k.shape[1] // GROUP * GROUP, self._signs if self.kind == "sign" else self._levels
+        for a in range(self.n, end, 1024 * GROUP):  # a block at a time
+            new.append(pack(k[:, a : min(end, a + 1024 * GROUP)].to(self.device).float()))
+        if new:
+            blocks = [self.parts, *new] if self.n else new
+            self.parts, self.n = [torch.cat(part, dim=1) for part in zip(*blocks, strict=True)], end
+
+    def _signs(self, x: Tensor) -> tuple[Tensor, ...]:
+        bits = (x > 0).unflatten(-1, (-1, 8)).to(torch.uint8)
+        weight = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
+        return (bits * weight).sum(dim=-1, dtype=torch.uint8), (x.norm(dim=-1, keepdim=True) / self.D**0.5).half()
+
+    def _levels(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.unflatten(1, (-1, GROUP))  # (Hk, g, 64, D)
+        low = x.amin(dim=2).half()  # (Hk, g, D)
+        scale = ((x.amax(dim=2) - low.float()) / 15).clamp(min=1e-7).half()
+        step = scale.float().clamp(min=1e-7)[:, :, None]
+        code = ((x - low.float()[:, :, None]) / step).round_().clamp_(0, 15).to(torch.uint8).flatten(1, 2)
+        return code[..., : self.D // 2] | (code[..., self.D // 2 :] << 4), scale, low
+
+    def widen(self, a: int, e: int) -> Tensor:
+        """Rows a..e - 1 as fp32, (Hk, e - a, D). a and e are multiples of 64."""
+        code = self.parts[0][:, a:e]
+        if self.kind == "sign":
+            bits = (code[..., None] >> torch.arange(8, dtype=torch.uint8, device=code.device)) & 1
+            return (bits.flatten(-2).float() * 2 - 1) * self.parts[1][:, a:e].float()
+        code = torch.cat([code & 15, code >> 4], dim=-1)
+        scale, low = (p[:, a // GROUP : e // GROUP, None].float() for p in self.parts[1:])  # (Hk, g, 1, D)
+        return (code.unflatten(1, (-1, GROUP)) * scale + low).flatten(1, 2)
+
+    def candidates(self, q: Tensor, count: int, top: int, select=torch.topk) -> tuple[Tensor, None]:
+        if q.is_cuda and self.kind == "q4" and available():
+            return topk_triton(q4_scores_triton(q, *self.parts), count)[1], None
+        s = torch.empty(len(q), q.shape[1], self.n, device=q.device)
+        for a in range(0, self.n, 4096):
+            e = min(self.n, a + 4096)
+            torch.bmm(q, self.widen(a, e).transpose(1, 2), out=s[..., a:e])
+        return select(s, count)[1], None
+
+
+class Int8:
+    """Keys in 8 bits, scaled per head and channel, that prove what they find.
+
+    With k = scale * code + e, |e_d| <= error_d, the integer score is off by no more than sum_d |q_d| error_d. So the
+    rows left out of the candidates are worse than the best `top` of them as soon as the two integer scores differ by
+    twice that, and the exact scores of the candidates then give the exact choice.
+    """
+
+    def __init__(self, Hk: int, D: int, device):
+        if D % 8 or D > 512:
+            raise ValueError(f"index 'q8' takes 8 channels at a time, 512 at most: head width {D} does not fit")
+        self.n = 0
+        self.parts = [torch.empty(Hk, 0, D, dtype=torch.int8, device=device), *torch.zeros(2, Hk, 1, D, device=device)]
+
+    def add(self, k: Tensor) -> None:
+        """Codes of the new rows; of all rows anew if the new ones exceed the scale."""
+        code, scale, error = self.parts
+        blocks = lambda: (x.to(code.device).float() for x in k[:, self.n :].split(65536, dim=1))
+        peak = functools.reduce(torch.maximum, (x.abs().amax(dim=1, keepdim=True) for x in blocks()), 0 * scale)
+        if not (peak <= 127 * scale).all():  # also where K holds NaN
+            scale = (torch.maximum(peak, 127 * scale * (self.n > 0)) / 127).clamp(min=1e-30)
+            self.n, code, error = 0, code[:, :0], 0 * error
+        new = [code]
+        for x in blocks():
+            new.append((x / scale).round().to(torch.int8))
+            error = torch.maximum(error, (x - new[-1] * scale).abs().amax(dim=1, keepdim=True))
+        self.parts, self.n = [torch.cat(new, dim=1), scale, error], k.shape[1]
+
+    def candidates(self, q: Tensor, count: int, top: int, select=torch.topk) -> tuple[Tensor, Tensor]:
+        (code, scale, error), R = self.parts, q.shape[1]
+        p = q * scale  # q . k = p . code
+        unit = p.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
+        high = (p / unit).round()
+        low = ((p / unit - high) * 254).round()  # q in 16 bits: p = unit (high + low / 254)
+        columns = F.pad(torch.cat([high, low], dim=1), (0, 0, 0, -2 * R % 8)).to(torch.int8)  # (Hk, 2 R, D), padded
+        s = torch.empty(len(q), self.n, R, dtype=torch.int32, device=q.device)
+        for h in range(len(q)):
+            both = torch._int_mm(code[h], columns[h].T)  # (n, 2 R)
+            torch.add(both[:, R : 2 * R], both[:, :R], alpha=254, out=s[h])
+        score, index = select(s.transpose(1, 2), count)  # (Hk, R, count)
+        off = (q.abs() * error).sum(-1) + 127 * (p - unit * (high + low / 254)).abs().sum(-1)  # (Hk, R)
+        gap = (score.topk(top, dim=-1).values[..., -1] - score.amin(dim=-1)) * unit[..., 0] / 254
+        return index, gap > 2.001 * off
+
+
+class Clusters:
+    """An inverted-file index: rows in lists around spherical k-means centres; a query reads the lists nearest to it.
+
+    ceil(n / 1000) lists, ceil(sqrt n) above 900 000 rows, 8 read, centres from the first 100 000 rows: the settings of
+    the paper's released code. Rows added later stay out until they are a quarter of the rest.
+    """
+
+    probes = 8
+
+    def __init__(self, Hk: int, D: int, device):
+        self.n, self.device, self.parts = 0, device, []  # parts: centres, rows list by list, where each list starts
+
+    def add(self, k: Tensor) -> None:
+        n = k.shape[1]
+        if n < max(1, 1.25 * self.n):
+            return
+        lists = math.ceil(n / 1000) if n <= 900_000 else math.ceil(n**0.5)
+        g, found = generator(n), []
+        for keys in k:  # a head
+            unit = lambda a, e, keys=keys: F.normalize(keys[a:e].to(self.device).float(), dim=-1)
+            train = unit(0, 100_000)
+            c = train[torch.randperm(len(train), generator=g)[:lists].to(train.device)]
+            for _ in range(8):
+                home = (train @ c.T).argmax(dim=1)
+                c = F.normalize(torch.zeros_like(c).index_add_(0, home, train) + 1e-6 * c, dim=-1)
+            home = torch.cat([(unit(a, a + 65536) @ c.T).argmax(dim=1) for a in range(0, n, 65536)]).cpu()
+            found.append((c, home.argsort(stable=True), F.pad(home.bincount(minlength=lists).cumsum(0), (1, 0))))
+        self.parts, self.n = [torch.stack(part) for part in zip(*found, strict=True)], n
+
+    def candidates(self, q: Tensor, count: int, top: int, select=torch.topk) -> tuple[Tensor, None]:
+        """All members of the lists that are read, padded with -1, whatever `count`."""
+        centres, members, start = self.parts
+        near = torch.bmm(q, centres.transpose(1, 2)).topk(min(self.probes, centres.shape[1]), dim=-1).indices.cpu()
+        found = [[torch.cat([members[h, start[h, c] : start[h, c + 1]] for c in row]) for row in near[h]]
+                 for h in range(len(q))]  # fmt: skip
+        most = max(len(x) for rows in found for x in rows)
+        pad = lambda x: F.pad(x, (0, most - len(x)), value=-1)
+        return torch.stack([torch.stack([pad(x) for x in rows]) for rows in found]).to(q.device), None
+
+
+def make_index(kind: str, Hk: int, D: int, device):
+    """The index of one layer, None for "exact"."""
+    make = {"q8": Int8, "ivf": Clusters, "exact": lambda *_: None}.get(kind, functools.partial(Quantised, kind))
+    return make(Hk, D, device)
 
 
 # ---- rows from host memory
