@@ -37,6 +37,7 @@ Writes   results/speedy_splat/: metrics.jsonl, claim.json, *.png, *.ply; checkpo
 import contextlib
 import json
 import math
+import re
 import struct
 import time
 import zipfile
@@ -718,14 +719,13 @@ def position_lr(i: int, steps: int = 30_000) -> float:
     return math.exp((1 - t) * math.log(1.6e-4) + t * math.log(1.6e-6))
 
 
-@dataclass(frozen=True)
-class Schedule:
+class Schedule(NamedTuple):
     """When what happens, in steps counted from 1. At 30000 steps these are the paper's numbers; they scale with it."""
 
-    densify: frozenset
-    reset: frozenset
-    soft: frozenset
-    hard: frozenset
+    densify: set
+    reset: set
+    soft: set
+    hard: set
     large: int  # from here on Gaussians that are large in space are removed
 
     @classmethod
@@ -738,7 +738,7 @@ class Schedule:
             reset.add(at(500))
         grow = {i for i in range(every, at(15_000), every) if i > at(500)} | soft
         hard = {at(i) for i in range(15_000, 30_000, 3000)}
-        return cls(*(frozenset(x) for x in (grow, reset, soft, hard)), at(3000))
+        return cls(grow, reset, soft, hard, at(3000))
 
 
 @torch.no_grad()
@@ -875,21 +875,6 @@ def _trace(origin: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return best, normal, color
 
 
-def _shade(origin: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """Colours (R, 3) of rays and the distances (R,): Lambert, a highlight, soft shadow of four lights, 0.3 ambient."""
-    t, normal, paint = _trace(origin, d)
-    color, on = torch.tensor(SKY).repeat(len(d), 1), torch.isfinite(t)
-    point, n, d = (origin + t[:, None] * d)[on], normal[on], d[on]
-    light, shine = torch.zeros(2, len(point), 1)
-    for sun in F.normalize(torch.tensor(LIGHTS), dim=1):
-        lit = torch.isinf(_trace(point + 1e-3 * n, sun.expand_as(point))[0])[:, None]
-        light += lit * (n @ sun).clamp(min=0)[:, None] / len(LIGHTS)
-        half = F.normalize(sun - d, dim=1)  # between the light and the eye
-        shine += lit * (n * half).sum(-1, keepdim=True).clamp(min=0) ** 40 / len(LIGHTS)
-    color[on] = (paint[on] * (0.3 + 0.7 * light) + 0.15 * shine).clamp(0, 1)
-    return color, t
-
-
 def look_at(eye: Tensor, target: Tensor, focal: float, size: int, up=(0.0, 0.0, 1.0)) -> Camera:
     """A square camera at `eye`, principal point in the centre."""
     forward = F.normalize(target - eye, dim=0)
@@ -909,11 +894,19 @@ def ray_trace(camera: Camera, samples: int = 3) -> tuple[Tensor, Tensor, Tensor]
         ray = [(x + ox - camera.cx) / camera.fx, (y + oy - camera.cy) / camera.fy, torch.ones_like(x)]
         d = F.normalize(torch.stack(ray, dim=-1).reshape(-1, 3), dim=1) @ camera.viewmat[:3, :3]
         origin = camera.centre.expand_as(d)
-        color, t = _shade(origin, d)
+        t, normal, paint = _trace(origin, d)
+        color, on = torch.tensor(SKY).repeat(len(d), 1), torch.isfinite(t)
+        point, n, d = (origin + t[:, None] * d)[on], normal[on], d[on]
+        light, shine = torch.zeros(2, len(point), 1)  # Lambert and a highlight, with the soft shadow of four lights
+        for sun in F.normalize(torch.tensor(LIGHTS), dim=1):
+            lit = torch.isinf(_trace(point + 1e-3 * n, sun.expand_as(point))[0])[:, None]
+            light += lit * (n @ sun).clamp(min=0)[:, None] / len(LIGHTS)
+            half = F.normalize(sun - d, dim=1)  # between the light and the eye
+            shine += lit * (n * half).sum(-1, keepdim=True).clamp(min=0) ** 40 / len(LIGHTS)
+        color[on] = (paint[on] * (0.3 + 0.7 * light) + 0.15 * shine).clamp(0, 1)
         total = total + color
         if ox == oy == 0:
-            on = torch.isfinite(t)
-            points, rgb = (origin + t[:, None] * d)[on], color[on]
+            points, rgb = point, color[on]
     return (total / samples**2).reshape(camera.height, camera.width, 3), points, rgb
 
 
@@ -937,6 +930,8 @@ def procedural_scene(views: int = 100, size: int = 64, points: int = 2000, seed:
 
 
 # ---- the experiment: scene files
+
+WIDEST = 1600  # pixels of a picture; wider ones are reduced
 
 
 class Bytes:
@@ -1007,30 +1002,30 @@ def _colmap_binary(folder: Path) -> tuple[dict, list, list]:
 
 def _colmap_text(folder: Path) -> tuple[dict, list, list]:
     """As _colmap_binary. A line that does not fit is named with its byte."""
-    cameras, images, points, where = {}, [], [], ""
+    cameras, images, points, where = {}, [], [], folder
 
-    def lines(name: str):
-        nonlocal where
+    def lines(name: str, blank: bool = False):
+        """(place, text) of each line but comments, and but blank ones."""
         offset = 0
         for number, raw in enumerate((folder / name).read_bytes().splitlines(keepends=True), 1):
-            where = f"{folder / name}: line {number}, byte {offset}"
+            if not raw.startswith(b"#") and (blank or raw.strip()):
+                yield f"{folder / name}: line {number}, byte {offset}", raw.decode("utf-8", "replace").strip()
             offset += len(raw)
-            if not raw.startswith(b"#"):
-                yield raw.decode("utf-8", "replace").strip()
 
     try:
-        for line in filter(None, lines("cameras.txt")):
+        for where, line in lines("cameras.txt"):
             key, model, width, height, *params = line.split()
             if len(params) != _pinhole(where, model):
                 raise ValueError(f"{len(params)} parameters of a {model}")
             cameras[int(key)] = int(width), int(height), [float(p) for p in params]
-        rows = lines("images.txt")
-        for line in filter(None, rows):  # blank lines between images; the one after a pose is taken below
-            _, *pose, camera, name = line.split(maxsplit=9)
-            images.append((name, [float(p) for p in pose], int(camera)))
-            if len(pose) != 7 or len(next(rows, "").split()) % 3:
-                raise ValueError("the points of an image are triples")
-        for line in filter(None, lines("points3D.txt")):
+        rows = lines("images.txt", blank=True)  # the line of points after a pose may be blank
+        for where, line in rows:  # noqa: B007
+            if line:
+                _, *pose, camera, name = line.split(maxsplit=9)
+                images.append((name, [float(p) for p in pose], int(camera)))
+                if len(pose) != 7 or len(next(rows, ("", ""))[1].split()) % 3:
+                    raise ValueError("the points of an image are triples")
+        for where, line in lines("points3D.txt"):  # noqa: B007  # named below
             _, x, y, z, r, g, b, _ = line.split()[:8]
             points.append([float(x), float(y), float(z), *bytes([int(r), int(g), int(b)])])  # ValueError over 255
     except BadInput:
@@ -1040,9 +1035,7 @@ def _colmap_text(folder: Path) -> tuple[dict, list, list]:
     return cameras, images, points
 
 
-def load_colmap(
-    path: str | Path, background=BLACK, init: str = "points", count: int = 100_000, seed: int = 0
-) -> Dataset:
+def load_colmap(path: str | Path, background=BLACK, init="points", count: int = 100_000, seed: int = 0) -> Dataset:
     """A COLMAP folder: sparse/0, sparse or itself; binary first, else text; pictures in images/. Every 8th is held out.
 
     BadInput: truncated, distorted cameras, no points. FileNotFoundError: no model there.
@@ -1064,7 +1057,7 @@ def load_colmap(
         viewmat[:3, :3] = rotation(torch.tensor([pose[:4]], dtype=torch.float64))[0]
         viewmat[:3, 3] = torch.tensor(pose[4:], dtype=torch.float64)
         *size, params = intrinsics[key]  # f, cx, cy or fx, fy, cx, cy
-        files.append(picture_file(root / "images" / name))
+        files.append(root / "images" / name)
         cameras.append(_fit(Camera(viewmat, params[0], *params[-3:], *size), files[-1]))
     if init == "random":
         at, rgb = random_points(count, scene_extent(cameras), seed)
@@ -1084,9 +1077,7 @@ def random_points(count: int, half: float, seed: int = 0) -> tuple[Tensor, Tenso
     return (2 * torch.rand(count, 3, generator=g) - 1) * half, 0.45 + 0.1 * torch.rand(count, 3, generator=g)
 
 
-def load_blender(
-    path: str | Path, background=WHITE, init: str = "points", count: int = 100_000, seed: int = 0
-) -> Dataset:
+def load_blender(path: str | Path, background=WHITE, init="points", count: int = 100_000, seed: int = 0) -> Dataset:
     """A NeRF-synthetic folder: transforms_train.json, its pictures, and transforms_test.json as the held-out views."""
     root, cameras, files, names, test = Path(path), [], [], [], []
     parts = [root / f"transforms_{part}.json" for part in ("train", "test")]
@@ -1109,10 +1100,11 @@ def load_blender(
                 viewmat = torch.linalg.inv(pose)
             except (KeyError, TypeError, ValueError, RuntimeError) as e:
                 raise BadInput(f"{where}: needs file_path and a 4 x 4 transform_matrix") from e
-            file = picture_file(root / name if Path(name).suffix else root / f"{name}.png")
+            file = root / name if Path(name).suffix else root / f"{name}.png"
             if not file.exists():
                 raise BadInput(f"{where}: no picture {file}")
-            width, height = (values.get(key, n) for key, n in zip("wh", picture_size(file), strict=True))
+            with _opened(file) as image:
+                width, height = (values.get(key, n) for key, n in zip("wh", image.size, strict=True))
             if "fl_x" in values:
                 fx, fy = values["fl_x"], values.get("fl_y", values["fl_x"])
             elif "camera_angle_x" in values:
@@ -1162,33 +1154,30 @@ def _opened(file: Path):
         raise BadInput(f"{file}: not a complete picture that Pillow can read ({e})") from e
 
 
-def picture_file(file: Path) -> Path:
-    """The picture, or the .npy beside it that stands in where it is missing."""
-    array = file.with_suffix(".npy")
-    return array if array.exists() and not file.exists() else file
-
-
-def picture_size(file: Path) -> tuple[int, int]:
-    """(width, height), from the first bytes."""
-    if file.suffix == ".npy":
-        return np.load(file, mmap_mode="r").shape[1::-1]
-    with _opened(file) as image:
-        return image.size
-
-
-WIDEST = 1600
-
-
 def _fit(camera: Camera, file: Path) -> Camera:
-    """The camera at its picture's own size, at most 1600 wide. Without a picture it stays as it is."""
+    """The camera at its picture's own size, at most WIDEST. Without a picture it stays as it is."""
     if not file.exists():
         return camera
-    width, height = picture_size(file)
+    with _opened(file) as image:
+        width, height = image.size
     return camera.resized(*((width, height) if width <= WIDEST else (WIDEST, round(height * WIDEST / width))))
 
 
+def read_image(file: Path, size: tuple[int, int], background=BLACK) -> np.ndarray:
+    """(H, W, 3) uint8, on the background, at (width, height) = size. BadInput: damaged, or over 8 bits a channel."""
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is missing. The cameras are there, their pictures are not.")
+    with _opened(file) as image:
+        if image.mode.startswith("I") or image.mode == "F":
+            raise BadInput(f"{file}: {image.mode} has more than 8 bits a channel. Convert it to 8-bit RGB.")
+        rgba = image.convert("RGBA")
+    color = tuple(round(255 * x) for x in background)
+    flat = _pillow().alpha_composite(_pillow().new("RGBA", rgba.size, (*color, 255)), rgba).convert("RGB")
+    return np.array(flat if flat.size == tuple(size) else flat.resize(size, _pillow().Resampling.LANCZOS))
+
+
 class Images(Sequence):
-    """Pictures read on first use and kept as bytes: composited on the background, then brought to the camera's size."""
+    """Pictures read on first use and kept as bytes, each at its camera's size."""
 
     def __init__(self, files: list[Path], cameras: list[Camera], background):
         self.files, self.cameras, self.background, self.seen = files, cameras, background, {}
@@ -1202,29 +1191,6 @@ class Images(Sequence):
         return self.seen[i].float() / 255
 
 
-def read_image(file: Path, size: tuple[int, int], background=BLACK) -> np.ndarray:
-    """(H, W, 3) uint8 at (width, height) = size. BadInput: damaged, or more than 8 bits a channel."""
-    file = picture_file(file)
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is missing. The cameras are there, their pictures are not.")
-    if file.suffix == ".npy":
-        x = np.load(file)
-        if x.ndim != 3 or x.shape[2] not in (3, 4) or not (x.dtype == np.uint8 or x.dtype.kind == "f"):
-            raise BadInput(f"{file}: needs shape (H, W, 3 or 4), 8-bit or float, got {x.shape} {x.dtype}")
-        x = x.astype(np.float64) / (255 if x.dtype == np.uint8 else 1)
-    else:
-        with _opened(file) as image:
-            if image.mode.startswith("I") or image.mode == "F":
-                raise BadInput(f"{file}: {image.mode} has more than 8 bits a channel. Convert it to 8-bit RGB.")
-            x = np.asarray(image.convert("RGBA"), dtype=np.float64) / 255
-    if x.shape[2] == 4:
-        x = x[..., :3] * x[..., 3:] + np.asarray(background) * (1 - x[..., 3:])
-    x = (x.clip(0, 1) * 255).round().astype(np.uint8)
-    if x.shape[1::-1] != tuple(size):
-        x = np.array(_pillow().fromarray(x).resize(size, _pillow().Resampling.LANCZOS))
-    return x
-
-
 def write_png(path: str | Path, image: Tensor) -> None:
     """image (H, W, 3) in 0..1 as an 8-bit PNG, without any package."""
     pixels = (image.detach().cpu().clamp(0, 1) * 255).round().byte().numpy()
@@ -1236,11 +1202,9 @@ def write_png(path: str | Path, image: Tensor) -> None:
     Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
-PLY_TYPES = {
-    "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
-    "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
-    "float32": "f4", "float64": "f8",
-}  # fmt: skip
+PLY_TYPES = {"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
+             "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
+             "float32": "f4", "float64": "f8"}  # fmt: skip
 
 
 def read_ply(path: Path) -> np.ndarray:
@@ -1249,30 +1213,22 @@ def read_ply(path: Path) -> np.ndarray:
     end = data.find(mark)
     if not data.startswith(b"ply") or end < 0:
         raise BadInput(f"{path}: header, byte {len(data)}: no 'ply' ... 'end_header'. Not a .ply, or truncated.")
-    layout, count, fields, element = "missing", -1, [], ""
-    for line in data[:end].decode("ascii", "replace").split("\n"):
-        match line.split():
-            case ["format", layout, *_]:
-                pass
-            case ["element", element, number] if number.isdigit():
-                if count < 0 and element != "vertex":
-                    raise BadInput(f"{path}: header: element {element} before vertex is not supported")
-                count = int(number) if element == "vertex" else count
-            case ["property", kind, *_, name]:
-                if element == "vertex" and kind not in PLY_TYPES:
-                    raise BadInput(f"{path}: header: property {name} has type {kind}, which no Gaussian has")
-                fields += [(name, "<" + PLY_TYPES[kind])] if element == "vertex" else []
-            case ["format" | "element" | "property", *_]:
-                raise BadInput(f"{path}: header: {line!r} is damaged. Copy it again.")
+    head = data[:end].decode("ascii", "replace")
+    layout = [*re.findall(r"^format (\S+)", head, re.M), "missing"][0]
     if layout != "binary_little_endian":
         raise BadInput(f"{path}: format {layout}; only binary_little_endian is read. Save it again as that.")
-    if count < 0:
-        raise BadInput(f"{path}: header: no element vertex")
-    record, start = np.dtype(fields), end + len(mark)
-    if len(data) - start < count * record.itemsize:
-        last = (len(data) - start) // max(1, record.itemsize)
+    vertex = re.search(r"^element (\w+) (\d+)\s((?:(?:property|comment).*\s)*)", head, re.M)
+    if not vertex or vertex[1] != "vertex":
+        raise BadInput(f"{path}: header: no element vertex that comes first")
+    fields = [line.split()[1:] for line in vertex[3].splitlines() if line.startswith("property")]
+    for words in fields:
+        if len(words) != 2 or words[0] not in PLY_TYPES:
+            raise BadInput(f"{path}: header: property {' '.join(words)} is no type and name (type list is not read)")
+    record, count = np.dtype([(name, "<" + PLY_TYPES[kind]) for kind, name in fields]), int(vertex[2])
+    if len(data) - end - len(mark) < count * record.itemsize:
+        last = (len(data) - end - len(mark)) // max(1, record.itemsize)
         raise BadInput(f"{path}: vertex record {last} of {count}, byte {len(data)}: truncated. Copy it again.")
-    return np.frombuffer(data, record, count, start)
+    return np.frombuffer(data, record, count, end + len(mark))
 
 
 def _columns(path: Path, v: np.ndarray, names: list[str]) -> np.ndarray:
@@ -1414,10 +1370,9 @@ def gather_rows(x: Tensor, w: cluster.World) -> tuple[Tensor, int]:
 
 
 # settings that change the numbers of a run; a checkpoint goes on only under the same ones
-FIXED = (
-    "data", "size", "views", "points", "init", "background", "steps", "lr_scale", "sh_degree", "sh_every", "seed",
-    "max_gaussians", "soft_ratio", "hard_ratio", "channels", "views_per_step", "parallel", "tiles", "tile",
-)  # fmt: skip
+FIXED = ("data", "size", "views", "points", "init", "background", "steps", "lr_scale", "sh_degree", "sh_every", "seed",
+         "max_gaussians", "soft_ratio", "hard_ratio", "channels", "views_per_step", "parallel", "tiles",
+         "tile")  # fmt: skip
 HEAD = ["iteration", "N", *(f"pairs {m}" for m in TILES), "test PSNR", "events"]
 
 
@@ -1588,7 +1543,7 @@ class Trainer:
 
     def run(self, log: report.Run, what: str, path: str = "") -> list[list]:
         """Train to the end, with checkpoints in `path`; returns table rows under HEAD, one per evaluation or event."""
-        cfg, plan, rows, saved = self.cfg, self.schedule, [], -1
+        cfg, plan, rows = self.cfg, self.schedule, []
         every = cfg.eval_every or max(1, cfg.steps // 10)
         row = lambda step, f, text: [step, f["gaussians"], *(f[f"pairs_{m}"] for m in TILES), f["psnr"], text]
         bar = report.progress(None, what, self.w, cfg.steps, self.step)
@@ -1606,8 +1561,10 @@ class Trainer:
                     bar.set_postfix_str(f"N {found['gaussians']} PSNR {found['psnr']:.2f}")
                 bar.update()
                 stop = stopping()
-                if path and (stop or (cfg.save_every and i % cfg.save_every == 0)):
-                    saved = self.save(path)
+                if path and (stop or i == cfg.steps or (cfg.save_every and i % cfg.save_every == 0)):
+                    state = self.state()
+                    if self.w.main:
+                        cluster.save(path, state)
                 if stop:
                     self.w.print(f"stopped by SIGTERM after step {i}; go on with --resume")
                     raise SystemExit(0)
@@ -1615,16 +1572,7 @@ class Trainer:
         found = self.evaluate()
         rows.append(row(cfg.steps, found, ""))
         log.log(run=what, step=cfg.steps, **found, events="end", seconds_training=self.seconds)
-        if path and saved != self.step:
-            self.save(path)
         return rows
-
-    def save(self, path: str) -> int:
-        """Write a checkpoint. Returns its step."""
-        state = self.state()
-        if self.w.main:
-            cluster.save(path, state)
-        return self.step
 
 
 @torch.no_grad()
