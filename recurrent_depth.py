@@ -1168,6 +1168,10 @@ class Trainer:
         self.step = self.skipped = self.in_a_row = 0
         self.smooth, self.settled = 1.0, 0  # the loss of late, the step at which it fell below --settle
         if state:
+            for name, was in state["setting"].items():
+                flag, now = "--" + name.replace("_", "-"), getattr(cfg, name)
+                clash = f"the checkpoint was trained with {flag} {was}, this run asks for {flag} {now}"
+                refuse(was != now, f"{clash}. Pass the same value to resume, or another --out to start anew.")
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.skipped, self.in_a_row, self.smooth, self.settled = state["counts"]
@@ -1338,7 +1342,7 @@ def passes(acc: dict[int, float]) -> bool:
 
 def demo(cfg: Config, w: cluster.World) -> None:
     """Train a model per seed and one at fixed depth, then show what more iterations do to each."""
-    T, depths, data, passed, best = cfg.length, cfg.num_steps, Parity(cfg), [], None
+    T, depths, data, tried = cfg.length, cfg.num_steps, Parity(cfg), []
     refuse(cfg.task != "parity", "the demo is about parity. For text: python recurrent_depth.py train --preset bytes")
     refuse(T < 4, f"the demo looks at quarters of its rows, --length {T} must be at least 4")
     need = sorted({1, 4, 12, 64} - set(depths))
@@ -1356,15 +1360,14 @@ def demo(cfg: Config, w: cluster.World) -> None:
         model = Trainer(replace(cfg, seed=seed), data, w).run(run, f"seed {seed}").model
         right = by_depth(model, *rows(T), depths)[0]
         acc = mean(right)
-        passed.append(passes(acc))
-        run.log(seed=seed, passed=passed[-1], **{f"acc_{r}": a for r, a in acc.items()})
+        tried.append((not passes(acc), len(tried), seed, model, right))
+        run.log(seed=seed, passed=passes(acc), **{f"acc_{r}": a for r, a in acc.items()})
         said = ", ".join(f"{acc[r]:.3f} at r = {r}" for r in (1, 4, 12, 64))
-        w.print(f"seed {seed} {'passes' if passed[-1] else 'FAILS'}: accuracy {said}")
-        if best is None or (passed[-1] and not passes(best[2])):
-            best = seed, model, acc, right  # the first that passes is measured further
+        w.print(f"seed {seed} {'passes' if passes(acc) else 'FAILS'}: accuracy {said}")
     fixed = replace(cfg, seed=cfg.seeds[0], fixed_r=1)
     control = by_depth(Trainer(fixed, data, w).run(run, "control").model, *rows(T), depths)[0]
-    seed, model, acc, right = best
+    _, _, seed, model, right = min(tried)  # the first that passes is measured further
+    acc, passed = mean(right), sum(not x[0] for x in tried)
     longer = {L: by_depth(model, *rows(L), depths)[0] for L in (3 * T // 2, 2 * T)}
     table = {f"{T} bits, as in training": right, **{f"quarter {i + 1}": quarter(right, i) for i in range(4)}}
     table |= {"control: r = 1 in training": control, **{f"rows longer: {L} bits": a for L, a in longer.items()}}
@@ -1388,9 +1391,9 @@ def demo(cfg: Config, w: cluster.World) -> None:
         "one set of weights gets more right with more iterations at test time, and stays there",
         "ARC-C 24.1 at r = 1, 38.2 at 32 (Huginn-3.5B)",
         f"parity of {T} bits, accuracy {acc[1]:.3f} at r = 1, {acc[4]:.3f} at 4, {acc[12]:.3f} at 12, {acc[64]:.3f} at "
-        f"64; {sum(passed)} of {len(passed)} seeds pass; control {min(flat):.3f} to {max(flat):.3f}; rows exit after "
+        f"64; {passed} of {len(tried)} seeds pass; control {min(flat):.3f} to {max(flat):.3f}; rows exit after "
         f"{steps[0]:.1f} iterations ({T // 4} bits) to {steps[-1]:.1f} ({T} bits) at accuracy {min(sure):.3f}",
-        2 * sum(passed) > len(passed) and max(flat) - min(flat) <= 0.03 and grows,
+        2 * passed > len(tried) and max(flat) - min(flat) <= 0.03 and grows,
         f"{count(model)} parameters, {cfg.steps} steps, seeds {cfg.seeds}, {w.device.type}",
     )
 
@@ -1452,27 +1455,16 @@ def draw(right: dict, control: dict, left: dict, figure, axes) -> None:
 # ---- train, eval, generate, retrofit, inspect, bench
 
 
-def check_resume(state: dict, cfg: Config) -> None:
-    """BadInput: the checkpoint was trained with another setting."""
-    for name, was in state["setting"].items():
-        now, flag = getattr(cfg, name), "--" + name.replace("_", "-")
-        refuse(was != now, f"the checkpoint was trained with {flag} {was}, this run asks for {flag} {now}. "
-                           f"Pass the same value to resume, or another --out to start anew.")  # fmt: skip
-
-
 def train(cfg: Config, w: cluster.World, data=None, model: RecurrentDepthLM | None = None) -> None:
     """One run with checkpoints; ends with accuracy and loss by depth, and the weights in OUT/model."""
-    data = data or (Parity(cfg) if cfg.task == "parity" else Text(cfg))
-    path = f"{cfg.out}/checkpoint.pt"
-    state = cluster.load(path) if cfg.resume else None
-    if state:
-        check_resume(state, cfg)
-    elif w.main:
+    data, path = data or (Parity(cfg) if cfg.task == "parity" else Text(cfg)), f"{cfg.out}/checkpoint.pt"
+    trainer = Trainer(cfg, data, w, cluster.load(path) if cfg.resume else None, model)
+    if w.main and not cfg.resume:
         cluster.set_aside(path)
-    run = report.Run(cfg.out, cfg, w, state["counts"][0] if state else 0)
-    model = Trainer(cfg, data, w, state, model).run(run, "train", path).model
-    measure(cfg, w, model, data, run)
-    keep(cfg, w, model, data)
+    run = report.Run(cfg.out, cfg, w, trainer.step)
+    trainer.run(run, "train", path)
+    measure(cfg, w, trainer.model, data, run)
+    keep(cfg, w, trainer.model, data)
 
 
 def keep(cfg: Config, w: cluster.World, model: RecurrentDepthLM, data) -> None:
@@ -1486,21 +1478,6 @@ def keep(cfg: Config, w: cluster.World, model: RecurrentDepthLM, data) -> None:
     if data.tokenizer is not None:
         data.tokenizer.save(f"{cfg.out}/model/tokenizer.json")
     w.print(f"weights: {cfg.out}/model")
-
-
-def measure(cfg: Config, w: cluster.World, model: RecurrentDepthLM, data, run=None) -> None:
-    """Loss and accuracy on held-out rows by depth; warns when depth changes nothing."""
-    rows = cfg.rows if data.n_out else min(cfg.rows, 64)
-    ids, labels = (x.to(w.device) for x in data.draw(rows, cfg.length))
-    right, loss = by_depth(model, ids, labels, sorted({*cfg.num_steps, model.cfg.mean_recurrence}))
-    accuracy = {r: a.mean().item() for r, a in right.items()}
-    lines = [["accuracy", *accuracy.values()], ["loss in nats", *loss.values()]]
-    w.print(report.table(["at r =", *map(str, loss)], lines))
-    deep = [v for r, v in loss.items() if r]
-    if len(deep) > 1 and max(deep) - min(deep) < 0.01 * min(deep):
-        w.print("alarm: the loss does not depend on r; the core may ignore its state (recurrence collapse)")
-    if run:
-        run.log(loss_by_r=loss, accuracy_by_r=accuracy)
 
 
 def open_model(cfg: Config, w: cluster.World):
@@ -1523,9 +1500,20 @@ def open_both(cfg: Config, w: cluster.World):
     return model, Parity(cfg) if model.cfg.n_out else Text(cfg, tokenizer)
 
 
-def evaluate(cfg: Config, w: cluster.World) -> None:
-    """Held-out loss and accuracy of --model at each of --num-steps."""
-    measure(cfg, w, *open_both(cfg, w))
+def measure(cfg: Config, w: cluster.World, model: RecurrentDepthLM | None = None, data=None, run=None) -> None:
+    """Loss and accuracy of a model, by default --model, on held-out rows by depth; alarm if depth changes nothing."""
+    model, data = (model, data) if model else open_both(cfg, w)
+    rows = cfg.rows if data.n_out else min(cfg.rows, 64)
+    ids, labels = (x.to(w.device) for x in data.draw(rows, cfg.length))
+    right, loss = by_depth(model, ids, labels, sorted({*cfg.num_steps, model.cfg.mean_recurrence}))
+    accuracy = {r: a.mean().item() for r, a in right.items()}
+    lines = [["accuracy", *accuracy.values()], ["loss in nats", *loss.values()]]
+    w.print(report.table(["at r =", *map(str, loss)], lines))
+    deep = [v for r, v in loss.items() if r]
+    if len(deep) > 1 and max(deep) - min(deep) < 0.01 * min(deep):
+        w.print("alarm: the loss does not depend on r; the core may ignore its state (recurrence collapse)")
+    if run:
+        run.log(loss_by_r=loss, accuracy_by_r=accuracy)
 
 
 def generate_text(cfg: Config, w: cluster.World) -> None:
@@ -1682,7 +1670,7 @@ def bench_huginn(cfg: Config, w: cluster.World) -> None:
 
 
 def main(cfg: Config) -> None:
-    modes = dict(zip(MODES, (demo, train, evaluate, generate_text, heal, inspect, bench), strict=True))
+    modes = dict(zip(MODES, (demo, train, measure, generate_text, heal, inspect, bench), strict=True))
     with cluster.world(cfg.device) as w:
         modes[cfg.mode](cfg, w)
 

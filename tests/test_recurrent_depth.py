@@ -710,10 +710,11 @@ def test_ramp_raises_depth_and_gradient_together():
 
 def test_resume_compares_the_settings():
     with cluster.world("cpu") as w:
-        state = R.Trainer(SMALL, R.Parity(SMALL), w).state()
-    R.check_resume(state, SMALL)
-    with pytest.raises(BadInput, match=r"trained with --split \(6, 12, 6\), this run asks for --split \(5, 5, 5\)"):
-        R.check_resume(state, replace(SMALL, split=(5, 5, 5)))
+        resume = lambda cfg, state=None: R.Trainer(cfg, R.Parity(cfg), w, state)
+        state = resume(SMALL).state()
+        assert resume(SMALL, state).step == 0
+        with pytest.raises(BadInput, match=r"trained with --split \(6, 12, 6\), this run asks for --split \(5, 5, 5\)"):
+            resume(replace(SMALL, split=(5, 5, 5)), state)
 
 
 def test_alarms():
