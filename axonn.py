@@ -119,8 +119,6 @@ class Config:
             raise ValueError(f"--grid takes four sizes Gx Gy Gz Gdata, at most one of them 0, got {self.grid}")
         if self.mode == "plan" and self.machine == "other" and not (self.inter_bw > 0 and self.intra_bw > 0):
             raise ValueError("--machine other needs --gpus-per-node, --inter-bw and --intra-bw (GB/s)")
-        if self.mode == "plan" and self.machine != "other":
-            machine(self.machine)
 
 
 # ---- the method: a grid of ranks
@@ -134,19 +132,12 @@ class Config:
 # torch 2.13 renames the two flat collectives
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_GROUPS: dict = {}  # process groups by world and ranks; making one is collective and slow, and grids share them
 
 
-def _group(ranks: tuple, spare: bool, backend: str | None):
-    """The process group of these global ranks; `spare` asks for a second one. None for a single rank. Collective."""
-    if len(ranks) == 1:
-        return None
-    if len(ranks) == dist.get_world_size() and not spare and backend is None:
-        return dist.group.WORLD
-    key = (dist.group.WORLD, ranks, spare, backend)
-    if key not in _GROUPS:
-        _GROUPS[key] = dist.new_group(ranks, backend=backend)
-    return _GROUPS[key]
+@functools.cache  # making a group is slow, and grids share them
+def _group(world, ranks: tuple, spare: bool, backend: str | None):
+    """The process group of these global ranks; `spare` asks for a second one of them. Collective."""
+    return dist.new_group(ranks, backend=backend)
 
 
 class _Work:
@@ -201,7 +192,7 @@ class Grid:
             rows = (place if name == "t" else place.movedim(axis, 3)).reshape(-1, self.n[name[0]])
             for row in rows.tolist():
                 row = tuple(ranks[i] for i in row)
-                group = _group(row, name == "z2", backend)
+                group = _group(dist.group.WORLD, row, name == "z2", backend) if len(row) > 1 else None
                 if me in row:
                     self.groups[name] = group
         self.member = me in ranks
@@ -210,7 +201,7 @@ class Grid:
             self.data_shard, self.num_data_shards = self.d * gz + self.z, gz * gdata
 
     def __str__(self):
-        return "x".join(map(str, self.dims))
+        return show(self.dims)
 
     def _start(self, kind: str, axis: str, x: Tensor, call: Callable, *args, group: str = "") -> _Work:
         """Count a collective whose input is x, and start it."""
@@ -249,9 +240,12 @@ class Grid:
         return x
 
 
-def grids(size: int, powers: bool = False) -> list[tuple[int, int, int, int]]:
-    """All (Gx, Gy, Gz, Gdata) of `size` ranks; `powers` keeps powers of two."""
-    parts = [n for n in range(1, size + 1) if size % n == 0 and not (powers and n & (n - 1))]
+show = lambda dims: "x".join(map(str, dims))
+
+
+def grids(size: int) -> list[tuple[int, int, int, int]]:
+    """All (Gx, Gy, Gz, Gdata) of `size` ranks."""
+    parts = [n for n in range(1, size + 1) if size % n == 0]
     return [g for g in itertools.product(parts, repeat=4) if math.prod(g) == size]
 
 
@@ -259,39 +253,7 @@ def grids(size: int, powers: bool = False) -> list[tuple[int, int, int, int]]:
 
 
 def _accumulate(p: nn.Parameter, g: Tensor) -> None:
-    if p.grad is None:
-        p.grad = g.to(p.dtype) if g.dtype != p.dtype else g.detach()
-    else:
-        p.grad += g
-
-
-class Sharded(nn.Module):
-    """A matrix of which each rank stores a flat chunk of its (rows, cols) block: gathered over Z when it is needed."""
-
-    flight: "_Flight | None" = None  # set inside overlap()
-    cache_weights = False  # keep the gathered block from forward to backward instead of gathering it again
-    bucket = ""  # layers of one bucket share a data-parallel all-reduce
-
-    def gathered(self, dtype: torch.dtype) -> Tensor:
-        """The block of W, (rows, cols), in `dtype`."""
-        if self.flight is not None and self.grid.n["z"] > 1:
-            whole = self.flight.gather(self, dtype)
-        else:
-            whole, work = self.grid.all_gather(self.weight.detach().to(dtype))
-            work.wait()
-        layout = self.weight.where
-        return whole[: layout.rows * layout.cols].view(layout.rows, layout.cols)
-
-    def scatter(self, dW: Tensor) -> None:
-        """Sum dW (rows, cols) over Z and add this rank's chunk to weight.grad, now or at the end of overlap()."""
-        layout = self.weight.where
-        flat = F.pad(dW.reshape(-1), (0, layout.size * layout.gz - dW.numel()))
-        chunk, work = self.grid.reduce_scatter(flat)
-        if self.flight is not None:
-            self.flight.scattered(self, chunk, work)
-        else:
-            work.wait()
-            _accumulate(self.weight, chunk)
+    p.grad = g.detach().to(p.dtype) if p.grad is None else p.grad.add_(g)
 
 
 class _Linear(torch.autograd.Function):
@@ -328,7 +290,7 @@ class _Linear(torch.autograd.Function):
         return dx, None, None
 
 
-class Linear3D(Sharded):
+class Linear3D(nn.Module):
     """O = I W^T + b on the grid. I (..., k/Gy), split over Z by rows -> O (..., n/Gx); transposed: X and Y exchanged.
 
     in_features, out_features  of the whole layer; `parts` {name: width} fuses several matrices of one input, each split
@@ -340,10 +302,14 @@ class Linear3D(Sharded):
     ValueError: a width that its axis does not divide; an input of another width or without tokens.
     """
 
+    flight: "_Flight | None" = None  # set inside overlap()
+    cache_weights = False  # keep the gathered block from forward to backward instead of gathering it again
+    bucket = ""  # layers of one bucket share a data-parallel all-reduce
+
     def __init__(
         self, grid: Grid, in_features: int, out_features: int, *, bias: bool = True, transposed: bool = False,
         name: str = "", init_std: float = 0.02, dtype=None, device=None, parts: dict | None = None, seed: int = 0,
-        pad: bool = False, tied: Sharded | None = None,
+        pad: bool = False, tied: "Linear3D | None" = None,
     ):  # fmt: skip
         super().__init__()
         self.grid, self.name = grid, name
@@ -355,10 +321,7 @@ class Linear3D(Sharded):
             rows = _part(part, "output features", padded, grid, self.axis_out)
             pieces.append((f"{part}.weight", (n, in_features), here_out * rows, rows))
         self.in_local, self.out_local, self.bias = k, sum(p[3] for p in pieces), None
-        if tied is not None:
-            self.weight = tied.weight
-        else:
-            self.weight = _matrix(grid, pieces, here_in * k, k, init_std, seed, dtype, device)
+        self.weight = tied.weight if tied else _matrix(grid, pieces, here_in * k, k, init_std, seed, dtype, device)
         if bias:
             pieces = [(name.removesuffix("weight") + "bias", s[:1], *rows) for name, s, *rows in pieces]
             self.bias = _vector(grid, pieces, self.axis_out, 0.0, dtype, device)
@@ -373,6 +336,27 @@ class Linear3D(Sharded):
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)  # after the all-reduce: every rank along it adds the same bias once
         return y.reshape(*x.shape[:-1], self.out_local)
+
+    def gathered(self, dtype: torch.dtype) -> Tensor:
+        """The block of W, (rows, cols), in `dtype`."""
+        if self.flight is not None and self.grid.n["z"] > 1:
+            whole = self.flight.gather(self, dtype)
+        else:
+            whole, work = self.grid.all_gather(self.weight.detach().to(dtype))
+            work.wait()
+        layout = self.weight.where
+        return whole[: layout.rows * layout.cols].view(layout.rows, layout.cols)
+
+    def scatter(self, dW: Tensor) -> None:
+        """Sum dW (rows, cols) over Z and add this rank's chunk to weight.grad, now or at the end of overlap()."""
+        layout = self.weight.where
+        flat = F.pad(dW.reshape(-1), (0, layout.size * layout.gz - dW.numel()))
+        chunk, work = self.grid.reduce_scatter(flat)
+        if self.flight is not None:
+            self.flight.scattered(self, chunk, work)
+        else:
+            work.wait()
+            _accumulate(self.weight, chunk)
 
 
 class _Embedding(torch.autograd.Function):
@@ -399,21 +383,15 @@ class _Embedding(torch.autograd.Function):
         return None, None, None, None
 
 
-class Embedding3D(Sharded):
-    """ids (...) -> (..., h/Gy): the vocabulary over X (padded with zero rows), the features over Y, flat chunks over Z.
+class Embedding3D(Linear3D):
+    """ids (...) -> (..., h/Gy): the matrix of an output layer, V over X and h over Y, of which rows are looked up.
 
     IndexError: an id outside [0, vocab).
     """
 
-    def __init__(
-        self, grid: Grid, vocab: int, dim: int, *, name: str = "embedding", init_std: float = 0.02, dtype=None,
-        device=None, seed: int = 0, out_dtype=None,
-    ):  # fmt: skip
-        super().__init__()
-        n, k = -(-vocab // grid.n["x"]), _part(name, "features", dim, grid, "y")
-        self.grid, self.vocab, self.out_dtype, self.first = grid, vocab, out_dtype, grid.x * n
-        pieces = [(f"{name}.weight", (vocab, dim), self.first, n)]
-        self.weight = _matrix(grid, pieces, grid.y * k, k, init_std, seed, dtype, device)
+    def __init__(self, grid: Grid, vocab: int, dim: int, *, name: str = "embedding", out_dtype=None, **options):
+        super().__init__(grid, dim, vocab, bias=False, name=name, pad=True, **options)
+        self.vocab, self.first, self.out_dtype = vocab, grid.x * self.out_local, out_dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) int64 -> (..., h/Gy)."""
@@ -472,9 +450,7 @@ class LayerNorm3D(nn.Module):
     def __init__(self, grid: Grid, dim: int, eps: float = 1e-5, *, name: str = "norm", dtype=None, device=None):
         super().__init__()
         self.grid, self.dim, self.eps, k = grid, dim, eps, _part(name, "features", dim, grid, "y")
-        make = lambda what, value: _vector(
-            grid, [(f"{name}.{what}", (dim,), grid.y * k, k)], "y", value, dtype, device
-        )  # fmt: skip
+        make = lambda what, v: _vector(grid, [(f"{name}.{what}", (dim,), grid.y * k, k)], "y", v, dtype, device)
         self.weight, self.bias = make("weight", 1.0), make("bias", 0.0) if self.centre else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -655,8 +631,8 @@ def _part(name: str, what: str, n: int, grid: Grid, axis: str) -> int:
 # ---- the method: communication hidden behind computation
 
 
-def _layers(model: nn.Module) -> list[Sharded]:
-    return [m for m in model.modules() if isinstance(m, Sharded)]
+def _layers(model: nn.Module) -> list[Linear3D]:
+    return [m for m in model.modules() if isinstance(m, Linear3D)]
 
 
 def _grid_of(model: nn.Module) -> Grid:
@@ -686,17 +662,13 @@ class _Reduction:
             p.grad.final = p.grad._version
 
 
-def _buckets(model: nn.Module) -> dict[str, list[Sharded]]:
-    """Layers whose trained weights share a data-parallel all-reduce; the order is that of the model."""
+def _buckets(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Trained weights, once for each layer that uses them, by the data-parallel all-reduce that they share."""
     buckets = defaultdict(list)
-    for i, layer in enumerate(_layers(model)):
+    for layer in _layers(model):
         if layer.weight.requires_grad:
-            buckets[layer.bucket or str(i)].append(layer)
+            buckets[layer.bucket].append(layer.weight)
     return buckets
-
-
-def _reduce_weights(grid: Grid, layers: list[Sharded]) -> _Reduction:
-    return _Reduction(grid, [layer.weight for layer in layers], "d")
 
 
 def _reduce_vectors(model: nn.Module) -> _Reduction:
@@ -711,7 +683,7 @@ def sync_gradients(model: nn.Module) -> None:
     Again without a new backward does nothing. RuntimeError: gradients were added to after it, or overlap() is open.
     """
     _check_landed(model)
-    under_way = [_reduce_weights(_grid_of(model), layers) for layers in _buckets(model).values()]
+    under_way = [_Reduction(_grid_of(model), weights, "d") for weights in _buckets(model).values()]
     for r in [*under_way, _reduce_vectors(model)]:
         r.finish()
 
@@ -722,12 +694,11 @@ class _Flight:
     def __init__(self, model: nn.Module, oar: bool, ors: bool, oag: bool, micro_batches: int):
         self.model, self.oar, self.ors, self.oag, self.micro_batches = model, oar, ors, oag, micro_batches
         self.grid, self.buckets = _grid_of(model), _buckets(model)
-        self.bucket_of = {layer: name for name, layers in self.buckets.items() for layer in layers}
         self.order = model.__dict__.setdefault("_gather_order", [])  # who gathered when in the context before
         self.at, self.ahead = 0, (None, None, _Work())  # place in `order`; the prefetch: (layer, dtype), whole, work
         self.scatters, self.seen, self.ready, self.reductions = [], defaultdict(int), [], {}
 
-    def gather(self, layer: Sharded, dtype: torch.dtype) -> Tensor:
+    def gather(self, layer: Linear3D, dtype: torch.dtype) -> Tensor:
         """The whole flat block of `layer`; then start the gather that followed this one last time."""
         key, whole, work = self.ahead
         self.ahead = (None, None, _Work())
@@ -743,10 +714,10 @@ class _Flight:
         work.wait()
         return whole
 
-    def scattered(self, layer: Sharded, chunk: Tensor, work: _Work) -> None:
+    def scattered(self, layer: Linear3D, chunk: Tensor, work: _Work) -> None:
         """A reduce-scatter was started; land it now without ors. Start the data all-reduce of buckets that are full."""
-        name = self.bucket_of[layer]
-        self.scatters.append((name, layer, chunk, work))
+        name = layer.bucket
+        self.scatters.append((layer, chunk, work))
         if not self.ors:
             self.land()
         self.seen[name] += 1
@@ -758,17 +729,17 @@ class _Flight:
                 self.reduce(full)
             self.ready = [name]
 
-    def land(self, bucket: str = "") -> None:
+    def land(self, bucket: str | None = None) -> None:
         """Wait for the reduce-scatters of one bucket, or all, and add them to the gradients, in their order."""
-        for name, layer, chunk, work in self.scatters:
-            if bucket in ("", name):
+        for layer, chunk, work in self.scatters:
+            if bucket in (None, layer.bucket):
                 work.wait()
                 _accumulate(layer.weight, chunk)
-        self.scatters = [s for s in self.scatters if bucket not in ("", s[0])]
+        self.scatters = [s for s in self.scatters if bucket not in (None, s[0].bucket)]
 
-    def reduce(self, name: str) -> None:
-        self.land(name)
-        self.reductions[name] = _reduce_weights(self.grid, self.buckets[name])
+    def reduce(self, bucket: str) -> None:
+        self.land(bucket)
+        self.reductions[bucket] = _Reduction(self.grid, self.buckets[bucket], "d")
 
     def finish(self) -> None:
         """Wait for everything; the gradients are final."""
@@ -916,10 +887,8 @@ class Machine:
 
 
 MACHINES = {
-    "perlmutter": Machine(4, 80.0, {(1, 2): 76.0, (1, 4): 225.0, (2, 2): 76.0}),
-    "frontier": Machine(
-        8, 40.0, {(1, 2): 129.0, (1, 4): 52.0, (1, 8): 135.0, (2, 2): 50.0, (2, 4): 72.0, (4, 2): 36.0}
-    ),
+    "perlmutter": Machine(4, 80, {(1, 2): 76, (1, 4): 225, (2, 2): 76}),
+    "frontier": Machine(8, 40, {(1, 2): 129, (1, 4): 52, (1, 8): 135, (2, 2): 50, (2, 4): 72, (4, 2): 36}),
 }
 
 
@@ -965,16 +934,14 @@ def predict_comm_time(
 
 
 def rank_configs(
-    cfg: "GPTConfig", world: int, sequences: int, machine: Machine, *, min_tp: int = 1, top_k: int = 10,
-    powers: bool = True, **opts,
-) -> list:  # fmt: skip
+    cfg: "GPTConfig", world: int, sequences: int, machine: Machine, *, min_tp: int = 1, top_k: int = 10, **opts
+) -> list:
     """[(dims, seconds, parts)] of the grids of `world` ranks that fit, best first, ties by dims. Try the first few.
 
-    min_tp: least Gx Gy Gz, so that the model fits in memory. powers: only powers of two where world is one.
-    ValueError: no grid fits.
+    min_tp: least Gx Gy Gz, so that the model fits in memory. opts: of predict_comm_time. ValueError: no grid fits.
     """
     fit = [
-        d for d in grids(world, powers and world & (world - 1) == 0)
+        d for d in grids(world)
         if d[0] * d[1] * d[2] >= min_tp and sequences % (d[2] * d[3]) == 0 and not cfg.misfit(d[0], d[1])
     ]  # fmt: skip
     if not fit:
@@ -1100,7 +1067,7 @@ def layer_products(m: int, k: int, n: int, dtype: torch.dtype, device) -> dict[s
 def tune(model: "GPT3D", rows: int) -> dict[str, int]:
     """Choose the products O, dI, dW of every layer for `rows` local rows; returns how often each variant won."""
     won = defaultdict(int)
-    for layer in (layer for layer in _layers(model) if isinstance(layer, Linear3D)):
+    for layer in (layer for layer in _layers(model) if type(layer) is Linear3D):
         shape = (rows * model.cfg.seq, layer.in_local, layer.out_local)
         for kind, (a, b) in layer_products(*shape, model.dtype, model.grid.device).items():
             layer.matmul[kind] = tune_matmul(a, b)
@@ -1291,7 +1258,7 @@ class GPT3D(nn.Module):
     def __init__(self, cfg: GPTConfig, grid: Grid):
         super().__init__()
         if why := cfg.misfit(grid.n["x"], grid.n["y"]):
-            fit = ", ".join("x".join(map(str, g)) for g in grids(grid.size) if not cfg.misfit(*g[:2]))
+            fit = ", ".join(show(g) for g in grids(grid.size) if not cfg.misfit(*g[:2]))
             heads = f"{cfg.n_head} query and {cfg.kv_head} key/value heads"
             raise BadInput(f"grid {grid} does not fit a model with {heads} and width {cfg.d_model}: {why}. "
                            f"Grids of {grid.size} ranks that fit: {fit}")  # fmt: skip
@@ -1600,9 +1567,6 @@ class Trainer:
         self.step += 1
         return {"loss": loss, "grad_norm": norm, "lr": lr, "skipped": not math.isfinite(norm)}
 
-    def save(self, path: str) -> None:
-        cluster.save_sharded(path, sharded_state(self.model, self.optimizer, step=self.step))
-
     def load(self, path: str) -> None:
         """Go on from a checkpoint of any grid. BadInput: it is of another model."""
         state = sharded_state(self.model, self.optimizer, step=0)
@@ -1644,7 +1608,7 @@ def train(cfg: Config, w: cluster.World) -> None:
         for old in (f"{path}.old", f"{path}.previous.old"):
             shutil.rmtree(old, ignore_errors=True)
         cluster.set_aside(path)
-    g, c, first, saved = trainer.grid, trainer.model.cfg, trainer.step, trainer.step if cfg.resume else -1
+    g, c, first = trainer.grid, trainer.model.cfg, trainer.step
     run, tokens = report.Run(cfg.out, cfg, w, first), trainer.batch * c.seq
     size = f"{parameters(c) / 1e6:.1f} M parameters, {tokens} tokens per step"
     w.print(f"grid {g}, {size}, {cfg.dtype} on {g.device.type}")
@@ -1660,28 +1624,21 @@ def train(cfg: Config, w: cluster.World) -> None:
                     run.log(run="train", step=trainer.step, **line)
                     report.synchronize(g.device)
                     took = time.perf_counter() - start
-                    speed = {
-                        "after": trainer.step,
-                        "seconds": took,
-                        "waited": log.seconds,
-                        "tokens_per_s": tokens / took,
-                    }
-                    for kind, again in (("model", False), ("hardware", c.checkpoint)):
-                        speed[f"tflops_{kind}"] = flops_per_iteration(c, tokens, again) / took / g.size / 1e12
+                    flop = {"model": False, "hardware": c.checkpoint}
+                    flop = {kind: flops_per_iteration(c, tokens, again) / g.size for kind, again in flop.items()}
+                    speed = {"seconds": took, "waited": log.seconds, "tokens_per_s": tokens / took}
+                    speed |= {f"tflops_{kind}": n / took / 1e12 for kind, n in flop.items()}
                     for (_, axis), sent in log.bytes.items():
                         speed[f"bytes_{axis}"] = speed.get(f"bytes_{axis}", 0.0) + float(sent)
-                    run.log(**speed)
+                    run.log(after=trainer.step, **speed)
                     bar.set_postfix_str(f"loss {float(line['loss']):.3f}")
                 bar.update()
                 stop = stopping()
-                if stop or (cfg.save_every and trainer.step % cfg.save_every == 0):
-                    saved = trainer.step
-                    trainer.save(path)
+                if stop or trainer.step == cfg.steps or (cfg.save_every and trainer.step % cfg.save_every == 0):
+                    cluster.save_sharded(path, sharded_state(trainer.model, trainer.optimizer, step=trainer.step))
                 if stop:
                     w.print(f"stopped by SIGTERM after step {trainer.step}; go on with --resume")
                     raise SystemExit(0)
-        if saved != trainer.step:
-            trainer.save(path)
     except RuntimeError as e:
         if w.size == 1 or not any(word in str(e).lower() for word in ("gloo", "nccl", "connection", "timed out")):
             raise
@@ -1696,7 +1653,6 @@ def train(cfg: Config, w: cluster.World) -> None:
 # ---- the experiment: the demo, four parts and a toy
 
 TIMED = GPTConfig(2, 256, 8, vocab=512, seq=64)
-show = lambda dims: "x".join(map(str, dims))
 
 
 def same_curves(cfg: Config, w: cluster.World, run: report.Run) -> dict:
