@@ -184,7 +184,8 @@ def topk_attention(
         where, ends = f"sequence {b}" if check_finite else "", (min(sink, n), min(recent, n - min(sink, n)))
         find = functools.partial(_find, k[b, :, :n], v[b, :, :n], min(top, n - sum(ends)), scale, share, *ends, where)
         attended = min(n, top + sum(ends))
-        found.append(_attend(q[b], q[b], find, n, attended, ks[b], vs[b], scale, where and where + ", suffix"))
+        also = where and where + ", suffix"
+        found.append(_attend(q[b], q[b], find, n, attended, ks[b], vs[b], scale, also, return_indices))
     return _packed(found, q.dtype, return_lse, return_indices)
 
 
@@ -221,9 +222,9 @@ def _ends(N: int, sink: int, recent: int, device) -> Tensor:
 SCRATCH = 2**28  # bytes that scores and gathered rows of one round of queries may take
 
 
-def _attend(q, asked, find, N: int, n: int, ks: Tensor, vs: Tensor, scale: float, where: str = "") -> list[Tensor]:
+def _attend(q, asked, find, N: int, n: int, ks, vs, scale: float, where: str = "", want_index=False) -> list[Tensor]:
     """Attention of q (Hq, T, D) to what `find` names, n of N rows per query, and to the suffix ks, vs (Hk, M, D), under
-    one denominator -> o (Hq, T, D), l (Hq, T), index (Hq, T, n).
+    one denominator -> o (Hq, T, D), l (Hq, T) [, index (Hq, T, n)].
 
     asked: q where the prefix lives. find(asked as (Hk, R, D), queries) gets as many queries as fit into SCRATCH. Where
     the prefix is in host memory, the GPU attends to the suffix while the host searches.
@@ -236,7 +237,8 @@ def _attend(q, asked, find, N: int, n: int, ks: Tensor, vs: Tensor, scale: float
         last = _suffix_part(q[:, a:e].reshape(Hk, -1, D), ks[:, :seen], vs[:, :seen], scale, e - a, where)
         score, index, values = find(asked[:, a:e].reshape(Hk, -1, D), e - a)
         first = _part(score.to(q.device, non_blocking=True) * scale, values.to(q.device, non_blocking=True))
-        out.append([x.reshape(Hq, e - a, *x.shape[2:]) for x in (*merge_lse(*first, *last), index)])
+        found = (*merge_lse(*first, *last), index)[: 3 if want_index else 2]
+        out.append([x.reshape(Hq, e - a, *x.shape[2:]) for x in found])
     return [torch.cat(x, dim=1) for x in zip(*out, strict=True)]
 
 
@@ -312,11 +314,11 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 def _packed(found: list, dtype: torch.dtype, return_lse: bool, return_indices: bool):
     """Sequences' (o, l, index) as what topk_attention returns; indices of different lengths are padded with -1."""
-    o, l, index = zip(*found, strict=True)
+    o, l, *index = zip(*found, strict=True)
     result = [torch.stack(o).to(dtype)] + ([torch.stack(l)] if return_lse else [])
     if return_indices:
-        width = max(i.shape[-1] for i in index)
-        result.append(torch.stack([F.pad(i, (0, width - i.shape[-1]), value=-1) for i in index]))
+        width = max(i.shape[-1] for i in index[0])
+        result.append(torch.stack([F.pad(i, (0, width - i.shape[-1]), value=-1) for i in index[0]]))
     return result[0] if len(result) == 1 else tuple(result)
 
 
@@ -625,7 +627,7 @@ class KVStore:
             return value, at, values.reshape(*at.shape, D)
 
         where = "" if q.is_cuda else f"the suffix, layer {layer}"
-        o, *_ = _attend(q, q.to(k.device), find, N, min(N, top), ks, vs, D**-0.5, where)
+        o, _ = _attend(q, q.to(k.device), find, N, min(N, top), ks, vs, D**-0.5, where)
         return o.to(q.dtype)
 
     def check(self, model: "Llama") -> None:
@@ -1227,7 +1229,7 @@ TASKS = ("niah_single", "niah_single_1", "niah_single_2", "niah_single_3", "niah
 
 def answer_tokens(task: str) -> int:
     """Room that a task leaves for the answer."""
-    return 20 if task == "niah_single" else {"vt": 30, "cwe": 120, "fwe": 50}.get(task, 128)
+    return 20 if task in ("niah_single", "single") else {"vt": 30, "cwe": 120, "fwe": 50}.get(task, 128)
 
 
 @functools.cache

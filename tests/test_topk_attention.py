@@ -181,6 +181,9 @@ def test_many_queries_in_rounds_and_low_precision(monkeypatch):
     whole = T.topk_attention(q, k, v, 0.01, **how)
     monkeypatch.setattr(T, "SCRATCH", 2 * 4 * 4 * 5000)  # two queries at a time
     torch.testing.assert_close(T.topk_attention(q, k, v, 0.01, **how), whole)
+    store = T.KVStore(dtype=torch.float64)
+    store.put(0, k[0], v[0])
+    torch.testing.assert_close(store.attend(0, q[0], 0.01, ks[0], vs[0]), whole[0])
     half = [x.bfloat16() for x in (q, k, v, ks, vs)]
     exact = T.topk_attention(*[x.double() for x in half[:3]], 50, k_suffix=half[3].double(), v_suffix=half[4].double())
     out = T.topk_attention(*half[:3], 50, k_suffix=half[3], v_suffix=half[4])
@@ -480,7 +483,7 @@ def test_ivf_pads_what_it_does_not_find():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float8_e4m3fn))
 @pytest.mark.parametrize("index", ("exact", "q4", "ivf"))
-def test_save_and_load(index, dtype, tmp_path):
+def test_save_and_load(index, dtype, tmp_path, monkeypatch):
     safetensors = pytest.importorskip("safetensors.torch")
     q, k, v, *_ = problem(Hq=4, N=1300, D=32, dtype=torch.float32)
     store = T.KVStore(index=index, dtype=dtype)
@@ -495,6 +498,7 @@ def test_save_and_load(index, dtype, tmp_path):
         assert torch.equal(store.gather(layer, a[1]).float(), back.gather(layer, a[1]).float())
     back.append(0, k[0, :, :5], v[0, :, :5])  # a mapped file is not written to
     assert T.KVStore.load(tmp_path / "context").n == 1300
+    monkeypatch.delattr(T.KVStore, "_buffer")  # rows are mapped, not copied, whatever the index
     other = T.KVStore.load(tmp_path / "context", index="q8")
     assert torch.equal(other.rows(1)[0].float(), store.rows(1)[0].float())
     file = tmp_path / "context" / "layer_001.safetensors"
@@ -506,22 +510,23 @@ def test_save_and_load(index, dtype, tmp_path):
         T.KVStore.load(tmp_path / "elsewhere")
 
 
-def test_row_cache_is_exact_and_reuses(tmp_path):
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float8_e4m3fn))
+def test_row_cache_is_exact_and_reuses(dtype):
     q, k, v, *_ = problem(Hq=4, N=500, dtype=torch.float32)
-    store = T.KVStore(dtype=torch.float32)
+    store = T.KVStore(dtype=dtype)
     store.put(0, k[0], v[0])
     cache, step = kernels.RowCache(store, torch.device("cpu")), q[0]
     for i in range(5):
         step = step + 0.05 * torch.randn(step.shape, generator=torch.Generator().manual_seed(i))
         at = store.search(0, step, 30)[1]
-        assert torch.equal(cache.fetch(0, at), store.gather(0, at))
+        assert torch.equal(cache.fetch(0, at).float(), store.gather(0, at).float())
     assert cache.asked == 5 * 4 * 30 and 0.4 < cache.hits / cache.asked < 0.8
     assert torch.equal(store.attend(0, step, 30, k[0, :, :1], v[0, :, :1], cache=cache),
                        store.attend(0, step, 30, k[0, :, :1], v[0, :, :1]))  # fmt: skip
     for grown in range(1, 9):  # rows keep their place when the store grows, so what is kept stays right
         store.append(0, k[0, :, :grown], v[0, :, :grown])
         near = (at + grown) % 500
-        assert torch.equal(cache.fetch(0, near), store.gather(0, near))
+        assert torch.equal(cache.fetch(0, near).float(), store.gather(0, near).float())
 
 
 # ---- the model
@@ -587,7 +592,7 @@ def test_decode_step_by_step_budgets_and_dense():
     torch.testing.assert_close(T.decode(model, IDS[383:], store, [8, 8, 8]), whole)
     assert (T.decode(model, IDS[383:], store, [1, 8, 15]) - whole).abs().max() > 1e-3
     for bad in ([8, 8], [8] * 4):
-        with pytest.raises(ValueError, match=f"k has {len(bad)} entries for 3 layers: give 3"):
+        with pytest.raises(BadInput, match=f"k has {len(bad)} entries for 3 layers: give 3"):
             T.decode(model, IDS[383:], store, bad)
     with pytest.raises(ValueError, match="k must be an int"):
         T.decode(model, IDS[383:], store, [8, 0, 8])
@@ -658,7 +663,7 @@ def test_a_context_of_another_model_is_refused(tmp_path):
     back = T.KVStore.load(tmp_path / "c", model)
     assert torch.equal(T.decode(model, IDS[383:], back, 8), T.decode(model, IDS[383:], store, 8))
     other = T.Llama({**model.config, "rope_theta": 1e4}).eval()
-    with pytest.raises(ValueError, match="the stored context has rope"):
+    with pytest.raises(BadInput, match="the stored context has rope"):
         T.KVStore.load(tmp_path / "c", other)
     for act in (T.decode, functools.partial(T.generate, max_new_tokens=2)):
         call = {"store": back} if act is not T.decode else {}
@@ -822,6 +827,12 @@ def test_ruler_errors_tokenizer_and_score():
         T.ruler("qa", 3000, 0)
     with pytest.raises(ValueError, match="too few"):
         T.ruler("niah_single_1", 200, 0)
+    assert [T.answer_tokens(task) for task in ("niah_single", "multikey_1", "niah_multikey_1", "vt")] == [
+        20,
+        128,
+        128,
+        30,
+    ]
 
     class Words:
         def encode(self, text):
@@ -948,6 +959,12 @@ def test_command_line(tmp_path):
     done = run_script("topk_attention.py", "generate", "--prompt", "Hello")
     assert done.returncode == 2 and "the toy knows no language" in done.stderr and "Traceback" not in done.stderr
     assert T.cli.parse(T.Config, ["bench", "--preset", "h200"], T.PRESETS).context == 2**20
+    given = T.Config(mode="bench", context=2048, k="0.02")  # what is asked for is what runs
+    assert (given.context, given.k, T.Config(mode="bench").context) == (2048, "0.02", 65536)
+    two = T.cluster.World(0, 2, torch.device("cpu"))
+    for how in ({"index": "q4"}, {"share": "group"}, {"sink": 4}, {"max_suffix": 9}, {"load_context": "x"}):
+        with pytest.raises(BadInput, match=f"--{[*how][0].replace('_', '-')} is for one process"):
+            T.generate_text(T.Config(mode="generate", model="x", prompt="y", **how), two)
     assert T.parse_k("4,0.5,dense") == [4, 0.5, 1.0]
 
 
