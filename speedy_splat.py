@@ -63,6 +63,7 @@ from common.kernels import splat as kernels
 TILES = ("vanilla", "snugbox", "accutile", "pixel")
 CHANNELS = ("sum", "separate")
 BLACK, WHITE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+COLORS = {"black": BLACK, "white": WHITE}
 
 
 @dataclass
@@ -71,9 +72,7 @@ class Config:
     preset: str = opt("laptop", "defaults for a setting; flags win over it", choices=("laptop", "gpu", "paper"))
     quick: bool = opt(False, "demo: fewer steps and views, coarser numbers")
     # the scene
-    data: str = opt(
-        "scene", "scene: the ray-traced one; a COLMAP or NeRF-synthetic folder; render, bench: an .npz file"
-    )
+    data: str = opt("scene", "scene: the ray-traced one; a COLMAP or NeRF-synthetic folder; bench: an .npz file too")
     size: int = opt(96, "pixels along a side of the ray-traced views and of the turntable's frames")
     views: int = opt(100, "ray-traced views, every 8th held out")
     points: int = opt(2000, "first Gaussians where the scene brings no points; for the ray-traced scene always")
@@ -1291,7 +1290,7 @@ def raw_to_ply(raw: dict[str, Tensor], path: Path) -> None:
 
 def load(cfg: Config, w: cluster.World) -> Dataset:
     """The scene that --data names."""
-    root, color = Path(cfg.data), {"black": BLACK, "white": WHITE}.get(cfg.background)
+    root, color = Path(cfg.data), COLORS.get(cfg.background)
     start = {"init": cfg.init, "count": cfg.points, "seed": cfg.seed}
     if cfg.data == "scene":
         show = lambda x: report.progress(x, "ray tracing", w)
@@ -1312,23 +1311,17 @@ def load(cfg: Config, w: cluster.World) -> Dataset:
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows to other ranks and, in the backward pass, their gradients back. Collective in both directions."""
+    """Rows to other ranks, send[r] to rank r, and in the backward pass their gradients back. Collective both ways."""
 
     @staticmethod
     def forward(ctx, x, send, receive):
-        ctx.counts = send, receive
-        return _all_to_all(x, send, receive)
+        ctx.back, out = (receive, send), x.new_empty(sum(receive), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), receive, send)
+        return out
 
     @staticmethod
     def backward(ctx, g):
-        send, receive = ctx.counts
-        return _all_to_all(g, receive, send), None, None
-
-
-def _all_to_all(x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-    out = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), receive, send)
-    return out
+        return _Exchange.apply(g, *ctx.back), None, None
 
 
 def render_sharded(
@@ -1350,7 +1343,7 @@ def render_sharded(
         records.append(torch.cat([kernels.table(s), s.depth[:, None]], dim=1)[n_tiles > 0])  # (n, 10)
         seen.append((s.mean2d, n_tiles))
     send = torch.tensor([len(r) for r in records], device=w.device)
-    receive = _all_to_all(send, [1] * w.size, [1] * w.size)
+    receive = _Exchange.apply(send, [1] * w.size, [1] * w.size)
     rows = _Exchange.apply(torch.cat(records), send.tolist(), receive.tolist())
     mean2d, conic, opacity, color, depth = rows.split([2, 3, 1, 3, 1], dim=1)
     s = Splats(mean2d, depth[:, 0], conic, opacity[:, 0], color, torch.ones_like(depth[:, 0], dtype=torch.bool))
@@ -1359,14 +1352,9 @@ def render_sharded(
 
 def gather_rows(x: Tensor, w: cluster.World) -> tuple[Tensor, int]:
     """All ranks' rows in rank order, and the number of this rank's first one. Collective."""
-    counts = [torch.zeros(1, dtype=torch.long, device=x.device) for _ in range(w.size)]
-    dist.all_gather(counts, torch.tensor([len(x)], device=x.device))
-    counts = [int(c) for c in counts]
-    padded = x.new_zeros(max(counts), *x.shape[1:])
-    padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([p[:n] for p, n in zip(parts, counts, strict=True)]), sum(counts[: w.rank])
+    one = [1] * w.size
+    counts = _Exchange.apply(torch.full((w.size,), len(x), device=x.device), one, one).tolist()
+    return _Exchange.apply(torch.cat([x] * w.size), [len(x)] * w.size, counts), sum(counts[: w.rank])
 
 
 # settings that change the numbers of a run; a checkpoint goes on only under the same ones
@@ -1650,8 +1638,8 @@ def demo(cfg: Config, w: cluster.World) -> None:
         wall = time.perf_counter() - start
         w.print(f"\n{name}: {cfg.steps} steps, {trainer.seconds:.0f} s of training, {wall:.0f} s in all")
         w.print(report.table(HEAD, rows))
-        if w.main:
-            models[name].save_ply(f"{cfg.out}/{name.lower()}.ply")
+    if not w.main:
+        return
     plain, pruned = found.values()
     views, cameras, look = data.test or data.train, trainer.data.cameras, cfg.look(data.background)
     with torch.no_grad():  # shown: the held-out view of median PSNR
@@ -1659,16 +1647,21 @@ def demo(cfg: Config, w: cluster.World) -> None:
         view = sorted(views, key=quality)[len(views) // 2]
     off = exactness(models["3D-GS"], cameras[view], data.background, cfg.tile)
     w.print("\nlargest difference from the dense image: " + ", ".join(f"{m} {x:.1e}" for m, x in off.items()))
-    faster = 1.0
-    if w.main:
-        frames = frame_times(models, [cameras[v] for v in views[:5]], look, w)
-        faster = frames[-1][-1]
-        head = ["frame: projection to last pixel", "N", "pairs", "ms", "x faster"]
-        w.print("\n" + report.table(head, frames) + "\n")
-        for row in frames:
-            run.log(**dict(zip(("frame", "gaussians", "pairs", "ms", "faster"), row, strict=True)))
-        w.print(draw_comparison(f"{cfg.out}/speedy_splat.png", data, view, cameras[view], models, found, look))
-        w.print(draw_tiles(f"{cfg.out}/tiles.png"))
+    frames = frame_times(models, [cameras[v] for v in views[:5]], look, w)
+    head = {
+        "frame": "frame: projection to last pixel",
+        "gaussians": "N",
+        "pairs": "pairs",
+        "ms": "ms",
+        "faster": "x faster",
+    }
+    w.print("\n" + report.table(list(head.values()), frames) + "\n")
+    for row in frames:
+        run.log(**dict(zip(head, row, strict=True)))
+    for name, model in models.items():
+        model.save_ply(f"{cfg.out}/{name.lower()}.ply")
+    w.print(draw_comparison(f"{cfg.out}/speedy_splat.png", data, view, cameras[view], models, found, look))
+    w.print(draw_tiles(f"{cfg.out}/tiles.png"))
     share, before, after = plain["pairs_accutile"] / plain["pairs_vanilla"], *(len(m) for m in models.values())
     exact = max(off[m] for m in TILES if m != "vanilla") < 1e-9
     good = plain["psnr"] >= 28 and pruned["psnr"] >= 27.5 and before >= 3 * after
@@ -1677,7 +1670,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
         "10.6 x fewer Gaussians, 6.5 x the frames per second, PSNR 27.55 -> 26.94 dB (Mip-NeRF 360)",
         f"AccuTile needs {share:.2f} of vanilla's pairs, image {'equal' if exact else 'NOT EQUAL'} to the dense one; "
         f"{before} -> {after} Gaussians ({before / after:.1f} x fewer), "
-        f"{faster:.1f} x the frames per second, PSNR {plain['psnr']:.2f} -> {pruned['psnr']:.2f} dB",
+        f"{frames[-1][-1]:.1f} x the frames per second, PSNR {plain['psnr']:.2f} -> {pruned['psnr']:.2f} dB",
         good and share < 0.75 and exact,
         f"ray-traced scene, {cfg.views} views of {cfg.size} px, {cfg.steps} steps, seed {cfg.seed}, {w.device.type}",
     )
@@ -1773,18 +1766,6 @@ def draw_tiles(path: str, tile: int = 16) -> str:
 # ---- render, eval, bench
 
 
-def cameras_of(cfg: Config) -> tuple[list[Camera], tuple]:
-    """The cameras that --data names, without their pictures, and the background."""
-    if cfg.data == "scene":
-        cameras, color = [scene_camera(i, cfg.views, cfg.size) for i in range(cfg.views)], SKY
-    elif cfg.data.endswith(".npz"):
-        cameras, color = load_npz(cfg.data)[2], BLACK
-    else:
-        data = load(replace(cfg, init="random", points=1), cluster.World(0, 1, torch.device("cpu")))
-        cameras, color = data.cameras, data.background
-    return cameras, {"auto": color, "black": BLACK, "white": WHITE}[cfg.background]
-
-
 def turntable(cameras: Sequence[Camera], frames: int, size: int) -> list[Camera]:
     """A circle around the point that the cameras look at, at their mean distance and height."""
     float_ = lambda rows: torch.stack([r.float() for r in rows])
@@ -1804,7 +1785,14 @@ def turntable(cameras: Sequence[Camera], frames: int, size: int) -> list[Camera]
 def render_frames(cfg: Config, w: cluster.World) -> None:
     """--model as PNG frames: a turntable, or one camera of --data. Frames are divided over ranks."""
     model = GaussianModel.from_ply(cfg.model).to(w.device)
-    cameras, background = cameras_of(cfg)
+    if cfg.data == "scene":
+        cameras, background = (
+            [scene_camera(i, cfg.views, cfg.size) for i in range(cfg.views)],
+            COLORS.get(cfg.background, SKY),
+        )
+    else:
+        data = load(replace(cfg, init="random", points=1), w)
+        cameras, background = data.cameras, data.background
     if not -1 <= cfg.view < len(cameras):
         raise BadInput(f"--view {cfg.view}: {cfg.data} has cameras 0 to {len(cameras) - 1}; -1 is the turntable")
     path = {cfg.view: cameras[cfg.view]} if cfg.view >= 0 else dict(enumerate(turntable(cameras, cfg.frames, cfg.size)))
@@ -1852,58 +1840,61 @@ def bench(cfg: Config, w: cluster.World) -> None:
         for _ in report.progress(range(c.steps), "training a model to measure", w):
             trainer.advance()
         model, scenes = trainer.model, {f"{n} px": scene_camera(40, 100, n) for n in (64, 400)}
-    found = {"device": report.device_name(w.device), "dense": []}
-    found["modes"] = [row for name, camera in scenes.items() for row in bench_modes(name, model, camera, cfg, w)]
+    found = {"device": report.device_name(w.device), "modes": [], "stages": [], "dense": []}
+    for name, camera in scenes.items():
+        modes, found["stages"] = bench_modes(name, model, camera, cfg, w)
+        found["modes"] += modes
     w.print(f"{len(model)} Gaussians, float32, blending and tiles (projection apart)")
     w.print(report.table(list(found["modes"][0]), [list(r.values()) for r in found["modes"]]))
-    found["stages"] = bench_stages(model, list(scenes.values())[-1], cfg, w)
+    w.print(f"\nstages of a frame in mode accutile, {camera.width}x{camera.height}")
+    w.print(report.table(["stage", "ms", "floor ms (bytes moved)"], found["stages"]))
     if cuda:
-        w.print(bench_gsplat(model, list(scenes.values())[0], w))
+        w.print(bench_gsplat(model, camera, w))
     elif not npz:
         found["dense"] = bench_dense(model, scenes["64 px"], cfg, w)
     if w.main:
         report.write_json(f"{cfg.out}/bench.json", found)
 
 
-def _lists(s: Splats, camera: Camera, cfg: Config, mode: str) -> tuple[int, Callable[[], tuple], Callable]:
-    """Of the backend in use: tile side, a function that lists and sorts the pairs, one that blends what it returns."""
-    device = s.mean2d.device
-    tile = 16 if camera.width > 128 or device.type == "cuda" else cfg.tile
-    if kernels.chosen(cfg.backend, device):
-        table = kernels.table(s)
-        lists = lambda: kernels.tile_lists_triton(table, s.depth, s.visible, *camera.size, tile, mode)
-        return tile, lists, lambda found: kernels.BlendTriton.apply(table, found, *camera.size, tile, False)
-    table, (columns, _) = _table(s), camera.grid(tile)
-    return tile, lambda: bin_pairs(s, camera, tile, mode), lambda found: Blend.apply(table, *found, tile, columns)
-
-
-def bench_modes(name: str, model: GaussianModel, camera: Camera, cfg: Config, w: cluster.World) -> list[dict]:
-    """Rows: pairs, time to list them, forward, forward + backward, in each mode."""
+def bench_modes(name: str, model: GaussianModel, camera: Camera, cfg: Config, w: cluster.World) -> tuple[list, list]:
+    """Rows per mode: pairs, time to list them, forward, forward + backward of blending and tiles. And rows per stage of
+    an AccuTile frame: time, and the time that the bytes which it must move take in a copy."""
+    fast, cuda = kernels.chosen(cfg.backend, w.device), w.device.type == "cuda"
+    tile = 16 if camera.width > 128 or cuda else cfg.tile
     target = torch.rand(camera.height, camera.width, 3, generator=cluster.generator(0)).to(w.device)
-    with torch.no_grad():
-        s = project(model, camera)
-    tile = _lists(s, camera, cfg, "accutile")[0]
-    look, leaves = cfg.look(SKY) | {"tile": tile}, ("mean2d", "conic", "opacity", "color")
+    look = torch.no_grad()(partial(kernels.project_triton if fast else project, model, camera))
+    s, leaves = Splats(*look()), ("mean2d", "conic", "opacity", "color")
+
+    def lists(mode: str) -> None:
+        """Tiles and order alone."""
+        if fast:
+            kernels.tile_lists_triton(kernels.table(s), s.depth, s.visible, *camera.size, tile, mode)
+        else:
+            bin_pairs(s, camera, tile, mode)
 
     def draw(mode: str, gradients: bool) -> None:
-        """Tiles and blending of the same splats, and back to them."""
+        """Tiles, order and blending of the same splats, and back to them."""
         splats = s._replace(**{k: getattr(s, k).detach().requires_grad_(gradients) for k in leaves})
-        image = rasterize(splats, camera, **look | {"tiles": mode}).image
+        image = rasterize(splats, camera, background=SKY, tiles=mode, backend=cfg.backend, tile=tile).image
         if gradients:
             (image * target).sum().backward()
 
-    cases = {}
+    cases = {("accutile", "project"): look}
     for m in TILES:
-        cases[m, "tiles"] = _lists(s, camera, cfg, m)[1]
-        cases[m, "forward"], cases[m, "forward + backward"] = partial(draw, m, False), partial(draw, m, True)
-    t = report.timed(cases, w.device, 10 if len(model) < 10_000 or w.device.type == "cuda" else 3, warmup=1)
+        cases |= {(m, "tiles"): partial(lists, m), (m, "forward"): partial(draw, m, False)}
+        cases[m, "forward + backward"] = partial(draw, m, True)
+    t = report.timed(cases, w.device, 10 if len(model) < 10_000 or cuda else 3, warmup=1)
     pairs, rows = count_pairs(s, camera, tile), []
     for m in TILES:
         row = {"scene": f"{name}, {camera.width}x{camera.height}", "mode": m, "pairs": pairs[m]}
         row["of vanilla"] = pairs[m] / pairs["vanilla"]
         row |= {f"{part} ms": _ms(t[m, part]) for part in ("tiles", "forward", "forward + backward")}
         rows.append(row | {"speed-up": t["vanilla", "forward"][0] / t[m, "forward"][0]})
-    return rows
+    project_, tiles, forward = (t["accutile", part][0] for part in ("project", "tiles", "forward"))
+    raw, n, speed = sum(x[0].numel() for x in model.raw.values()), pairs["accutile"], report.ceilings(w.device)[0]
+    stages = [["project", project_, 4 * (raw + 12) * len(model)], ["tiles, sort", tiles, 40 * n],
+              ["blend", forward - tiles, 36 * n + 16 * math.prod(camera.size)]]  # fmt: skip
+    return rows, [[stage, 1e3 * seconds, 1e3 * moved / speed] for stage, seconds, moved in stages]
 
 
 def bench_dense(model: GaussianModel, camera: Camera, cfg: Config, w: cluster.World) -> list[list]:
@@ -1948,23 +1939,6 @@ def bench_gsplat(model: GaussianModel, camera: Camera, w: cluster.World) -> str:
         return f"gsplat: skipped ({type(e).__name__}: {str(e)[:100]})"
     rows = [[name, *(1e3 * x[k][0] for x in (t, back))] for k, name in (("theirs", "gsplat"), ("ours", "ours"))]
     return report.table([f"against gsplat {gsplat.__version__}", "forward ms", "forward + backward ms"], rows)
-
-
-@torch.no_grad()
-def bench_stages(model: GaussianModel, camera: Camera, cfg: Config, w: cluster.World) -> list[list]:
-    """Where a frame's time goes, in AccuTile mode, beside the floor of bytes that each stage must move."""
-    look = partial(kernels.project_triton if kernels.chosen(cfg.backend, w.device) else project, model, camera)
-    s = Splats(*look())
-    tile, lists, blend = _lists(s, camera, cfg, "accutile")
-    found, pairs = lists(), count_pairs(s, camera, tile)["accutile"]
-    t = report.timed({"project": look, "tiles, sort": lists, "blend": lambda: blend(found)}, w.device, 20)
-    raw, speed = sum(x[0].numel() for x in model.raw.values()), report.ceilings(w.device)[0]
-    moved = {"project": len(model) * 4 * (raw + 12), "tiles, sort": 40 * pairs}
-    moved["blend"] = 36 * pairs + 16 * math.prod(camera.size)
-    rows = [[k, _ms(x), 1e3 * moved[k] / speed] for k, x in t.items()]
-    w.print(f"\nstages of a frame: {len(model)} Gaussians, {pairs} pairs, {camera.width}x{camera.height}")
-    w.print(report.table(["stage", "ms", "floor ms (bytes moved)"], rows))
-    return rows
 
 
 def main(cfg: Config) -> None:
