@@ -662,9 +662,7 @@ class KVStore:
         """
         folder, lib = Path(folder), _package("safetensors")
         if not (folder / "meta.json").exists():
-            raise FileNotFoundError(
-                f"no saved context in {folder}: meta.json is missing. Save one with --save-context."
-            )
+            raise FileNotFoundError(f"no saved context in {folder}: no meta.json. Save one with --save-context.")
         meta = json.loads((folder / "meta.json").read_text())
         n, dtype, kind, index_rows = (meta.pop(name) for name in ("n", "dtype", "index", "index_rows"))
         store = cls(**{"index": kind, **how, "dtype": getattr(torch, dtype)})
@@ -998,9 +996,8 @@ def _check_start(model: Llama, ids: Tensor, store: KVStore | None, k, more: int,
     """Checks of decode and generate, before any work; returns k per layer."""
     budgets = list(k) if isinstance(k, list | tuple) else [k] * len(model.layers)
     if len(budgets) != len(model.layers):
-        raise BadInput(
-            f"k has {len(budgets)} entries for {len(model.layers)} layers: give {len(model.layers)}, or one k"
-        )
+        L = len(model.layers)
+        raise BadInput(f"k has {len(budgets)} entries for {L} layers: give {L}, or one k")
     for b in budgets:
         resolve_k(b, 0)
     if len(ids) < 1:
@@ -1358,9 +1355,7 @@ def ruler(task: str, n_tokens: int, seed: int, tokenizer=None, parts: bool = Fal
     while low and size(low) > n_tokens:  # a size that is not monotone
         low -= 1
     if low == 0:
-        raise BadInput(
-            f"{n_tokens} tokens are too few for task {name}: with one unit of text it has {size(1)}. Ask more."
-        )
+        raise BadInput(f"{n_tokens} tokens are too few for task {name}: the shortest has {size(1)}. Ask for more.")
     *prompt, answers = build(low)
     return tuple(prompt) if parts else "".join(prompt), answers
 
@@ -1432,12 +1427,11 @@ def demo(cfg: Config, w: cluster.World) -> None:
             f"{time.perf_counter() - start:.0f} s on rows of at most 1024 tokens")  # fmt: skip
     words, aside, found = ("dense", *cfg.ks), min(2048, max(cfg.contexts)), {}
     ks = [parse_k(word) for word in words]
-    control, several, frequent = (
-        f"{aside}, {what}" for what in ("no needles", "4 answers per key", "most frequent of 12")
-    )
-    rows = [(f"{n} tokens", "single", n) for n in cfg.contexts]
-    rows += [(control, "single", aside), (several, "multivalue", aside), (frequent, "counting", aside)]
-    for label, task, n in rows:
+    beside = {"no needles": "single", "4 answers per key": "multivalue", "most frequent of 12": "counting"}
+    cells = {f"{n} tokens": ("single", n) for n in cfg.contexts}
+    cells |= {f"{aside}, {what}": (task, aside) for what, task in beside.items()}
+    control, several, frequent = [*cells][-3:]
+    for label, (task, n) in cells.items():
         queries = {2048: 256}.get(n, 512 if n < 2048 else 128)
         bar = functools.partial(report.progress, what=label, w=w)
         acc = toy_accuracy(model, task, n, queries, ks, cfg.seed, label == control, w, bar, share=cfg.share)
@@ -1649,9 +1643,8 @@ def score_tasks(cfg: Config, w: cluster.World, run: report.Run, chat: Chat, done
                 run.log(step=step, **x)
         rows = [[done[task, s, word] for s in range(cfg.samples)] for word in words]
         score = [ruler_score([x["output"] for x in row], [x["answers"] for x in row]) for row in rows]
-        table.append(
-            [task, *(f"{s:.1f}" for s in score), *(f"{s / score[0]:.2f}" if score[0] else "-" for s in score[1:])]
-        )
+        shares = [f"{x / score[0]:.2f}" if score[0] else "-" for x in score[1:]]
+        table.append([task, *(f"{x:.1f}" for x in score), *shares])
         run.log(step=step, task=task, context=cfg.context, **dict(zip(words, score, strict=True)))
     w.print(report.table([f"score at {cfg.context} tokens", "dense", *map(_name, cfg.ks),
                           *(f"{_name(k)} / dense" for k in cfg.ks)], table))  # fmt: skip
@@ -1709,10 +1702,8 @@ def generate_text(cfg: Config, w: cluster.World) -> None:
         ids = chat.encode("\n" + question + chat.tail)
         w.print(f"opened a context of {store.n} tokens in {time.perf_counter() - start:.2f} s")
     else:
-        head, ids = (
-            chat.encode(chat.head + document),
-            chat.encode("\n" * bool(document and question) + question + chat.tail),
-        )
+        head = chat.encode(chat.head + document)
+        ids = chat.encode("\n" * bool(document and question) + question + chat.tail)
         if not document:
             head, ids = torch.cat([head, ids])[:-1], ids[-1:]
         _check_range(chat.model, len(head) + len(ids) + cfg.new_tokens, cfg.allow_extrapolation)
@@ -1822,13 +1813,7 @@ def bench_stores(cfg: Config, w: cluster.World, q: Tensor, top: int) -> dict:
     """A token's attention over all layers from stores of each kind: time, recall, memory. q (Hq, 1, D)."""
     dev, n, cuda, rows, found = w.device, cfg.context, w.device.type == "cuda", [], {}
     L, Hq, Hk, D, weights = SHAPES[cfg.shape]
-    config = {
-        "num_hidden_layers": L,
-        "num_key_value_heads": Hk,
-        "head_dim": D,
-        "num_attention_heads": Hq,
-        "vocab_size": 0,
-    }
+    config = dict(num_hidden_layers=L, num_key_value_heads=Hk, head_dim=D, num_attention_heads=Hq, vocab_size=0)
     kinds = [("cuda", "exact", "head"), ("cuda", "q4", "head"), ("cpu", "q4", "head"), ("cpu", "q4", "group"),
              ("cpu", "exact", "head")] if cuda else [("cpu", index, "head") for index in INDEXES]  # fmt: skip
     for home, index, share in kinds:
@@ -1858,13 +1843,8 @@ def bench_stores(cfg: Config, w: cluster.World, q: Tensor, top: int) -> dict:
         hits = f"{cache.hits / max(1, cache.asked):.0%}" if cache else "-"
         rows.append([label, f"{seconds * 1e3:.2f} ± {spread * 1e3:.2f}", f"{1 / seconds:.1f}", f"{share_found:.4f}",
                      f"{store.nbytes / 2**20:.0f}", f"{peak:.2f}", hits])  # fmt: skip
-        found[label] = {
-            "seconds": seconds,
-            "spread": spread,
-            "recall": share_found,
-            "bytes": store.nbytes,
-            "peak_gib": peak,
-        }
+        facts = {"recall": share_found, "bytes": store.nbytes, "peak_gib": peak}
+        found[label] = {"seconds": seconds, "spread": spread, **facts}
         del store, cache, token  # before the next one is made
     last = "peak GPU GiB with weights" if cuda else "GiB held"
     head = [f"store, {L} layers", "ms per token", "tokens/s", "recall", "MiB", last, "rows reused"]
@@ -1874,14 +1854,7 @@ def bench_stores(cfg: Config, w: cluster.World, q: Tensor, top: int) -> dict:
 
 def main(cfg: Config) -> None:
     """Run cfg.mode."""
-    modes = {
-        "demo": demo,
-        "train": train,
-        "eval": evaluate,
-        "generate": generate_text,
-        "analyze": analyze,
-        "bench": bench,
-    }
+    modes = dict(demo=demo, train=train, eval=evaluate, generate=generate_text, analyze=analyze, bench=bench)
     with cluster.world(cfg.device) as w:
         modes[cfg.mode](cfg, w)
 
