@@ -112,7 +112,7 @@ class Config:
     save_every: int = opt(100, "steps between checkpoints; 0 writes only the last")
     log_every: int = opt(20, "steps between lines in metrics.jsonl")
     # demo, eval, inspect
-    seeds: tuple = opt((0,), "demo: seeds of weights and initial states, all shown; the rows are those of --seed")
+    seeds: tuple = opt((0,), "demo: the runs, all of them shown, in place of --seed")
     rows: int = opt(256, "fresh rows per measurement")
     num_steps: tuple = opt((1, 2, 3, 4, 6, 8, 12, 16, 32, 64), "depths measured; generate: the last one")
     # generate, retrofit
@@ -1150,10 +1150,14 @@ def correlation(s: Tensor) -> Tensor:
 
 
 class Trainer:
-    """Model, optimizer and a step whose rows, initial states and depth do not depend on the number of ranks."""
+    """Model, optimizer and a step whose rows, initial states and depth do not depend on the number of ranks.
+
+    data and model None: those that cfg describes. state: of a checkpoint. BadInput: cfg does not fit it or the ranks.
+    """
 
     def __init__(self, cfg: Config, data, w: cluster.World, state: dict | None = None, model=None):
-        self.cfg, self.data, self.w = cfg, data, w
+        self.cfg, self.w = cfg, w
+        self.data = data = data or (Parity(cfg) if cfg.task == "parity" else Text(cfg))
         uneven = cfg.batch % (w.size * cfg.accum)
         refuse(uneven, f"--batch {cfg.batch} does not divide over {w.size} processes x --accum {cfg.accum}")
         if model is None:
@@ -1357,7 +1361,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
         "KL and entropy < 0.1, per token": KLExit(max_entropy=0.1),
     }  # fmt: skip
     for seed in cfg.seeds:
-        model = Trainer(replace(cfg, seed=seed), data, w).run(run, f"seed {seed}").model
+        model = Trainer(replace(cfg, seed=seed), None, w).run(run, f"seed {seed}").model
         right = by_depth(model, *rows(T), depths)[0]
         acc = mean(right)
         tried.append((not passes(acc), len(tried), seed, model, right))
@@ -1365,7 +1369,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
         said = ", ".join(f"{acc[r]:.3f} at r = {r}" for r in (1, 4, 12, 64))
         w.print(f"seed {seed} {'passes' if passes(acc) else 'FAILS'}: accuracy {said}")
     fixed = replace(cfg, seed=cfg.seeds[0], fixed_r=1)
-    control = by_depth(Trainer(fixed, data, w).run(run, "control").model, *rows(T), depths)[0]
+    control = by_depth(Trainer(fixed, None, w).run(run, "control").model, *rows(T), depths)[0]
     _, _, seed, model, right = min(tried)  # the first that passes is measured further
     acc, passed = mean(right), sum(not x[0] for x in tried)
     longer = {L: by_depth(model, *rows(L), depths)[0] for L in (3 * T // 2, 2 * T)}
@@ -1457,14 +1461,14 @@ def draw(right: dict, control: dict, left: dict, figure, axes) -> None:
 
 def train(cfg: Config, w: cluster.World, data=None, model: RecurrentDepthLM | None = None) -> None:
     """One run with checkpoints; ends with accuracy and loss by depth, and the weights in OUT/model."""
-    data, path = data or (Parity(cfg) if cfg.task == "parity" else Text(cfg)), f"{cfg.out}/checkpoint.pt"
+    path = f"{cfg.out}/checkpoint.pt"
     trainer = Trainer(cfg, data, w, cluster.load(path) if cfg.resume else None, model)
     if w.main and not cfg.resume:
         cluster.set_aside(path)
     run = report.Run(cfg.out, cfg, w, trainer.step)
     trainer.run(run, "train", path)
-    measure(cfg, w, trainer.model, data, run)
-    keep(cfg, w, trainer.model, data)
+    measure(cfg, w, trainer.model, trainer.data, run)
+    keep(cfg, w, trainer.model, trainer.data)
 
 
 def keep(cfg: Config, w: cluster.World, model: RecurrentDepthLM, data) -> None:

@@ -836,6 +836,20 @@ def test_bad_flags(argv, message, tmp_path, monkeypatch, capsys):
 # ---- the demo
 
 
+def test_each_seed_of_the_demo_has_its_own_rows(tmp_path, monkeypatch):
+    seen = []
+
+    def stop(*_):
+        raise InterruptedError
+
+    monkeypatch.setattr(R.Trainer, "run", lambda self, *_: seen.append((self.cfg.seed, self.data.seed)) or self)
+    monkeypatch.setattr(R, "exit_table", stop)
+    cfg = replace(SMALL, seeds=(0, 3), num_steps=(1, 4, 12, 64), rows=4, out=str(tmp_path))
+    with pytest.raises(InterruptedError), cluster.world("cpu") as w:
+        R.demo(cfg, w)
+    assert seen == [(0, 0), (3, 3), (0, 0)]  # the last is the control
+
+
 @pytest.mark.drill
 def test_demo_shortened(tmp_path):
     """The whole path of the demo; accuracy rises with depth on rows half as long, in a tenth of the time."""
