@@ -866,11 +866,8 @@ def _trace(origin: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, y = (origin + t[:, None] * d)[:, :2].unbind(-1)
     t = torch.where(x * x + y * y < FLOOR**2, t, math.inf)
     dark = ((x / CHECKER).floor() + (y / CHECKER).floor()).remainder(2)[:, None] > 0
-    hit(
-        t,
-        d.new_tensor([0.0, 0, 1]),
-        torch.where(dark, d.new_tensor([0.35, 0.36, 0.4]), d.new_tensor([0.8, 0.78, 0.72])),
-    )
+    paint = torch.where(dark, d.new_tensor([0.35, 0.36, 0.4]), d.new_tensor([0.8, 0.78, 0.72]))
+    hit(t, d.new_tensor([0.0, 0, 1]), paint)
     return best, normal, color
 
 
@@ -1261,12 +1258,12 @@ def raw_from_ply(path: Path) -> dict[str, Tensor]:
         raise BadInput(f"{path}: {rest} properties f_rest_*; spherical harmonics have 0, 9, 24 or 45")
     for attribute, names in _ply_names(rest).items():
         raw[attribute] = x = torch.from_numpy(_columns(path, v, names).astype(np.float32))
-        faults = {"is not finite": ~torch.isfinite(x).all(dim=1)}
-        if attribute == "quat":
-            faults["has length 0"] = x.norm(dim=1) < 1e-12
-        for fault, bad in faults.items():
-            if bad.any():
-                raise BadInput(f"{path}: {attribute} of Gaussian {int(bad.nonzero()[0])} {fault}")
+        for fault, bad in (
+            ("is not finite", ~torch.isfinite(x)),
+            ("has length 0", x.norm(dim=1, keepdim=True) < 1e-12),
+        ):
+            if bad.any() and (fault == "is not finite" or attribute == "quat"):
+                raise BadInput(f"{path}: {attribute} of Gaussian {int(bad.nonzero()[0, 0])} {fault}")
     raw["sh_dc"] = raw["sh_dc"][:, None]
     raw["sh_rest"] = rearrange(raw["sh_rest"], "n (c k) -> n k c", c=3)
     return raw
@@ -1404,12 +1401,11 @@ class Trainer:
     def state(self) -> dict:
         """Everything to go on from, on every rank; with Gaussians split, all parts together. Collective then."""
         whole = (lambda x: gather_rows(x, self.w)[0]) if self.sharded else (lambda x: x)
-        optimizer = self.optimizer.state_dict()
-        optimizer["state"] = {
-            i: {k: m if k == "step" else whole(m) for k, m in s.items()} for i, s in optimizer["state"].items()
-        }
+        adam = self.optimizer.state_dict()
+        for i, moments in adam["state"].items():
+            adam["state"][i] = {k: m if k == "step" else whole(m) for k, m in moments.items()}
         return {
-            "model": {k: whole(x.detach()) for k, x in self.model.raw.items()}, "optimizer": optimizer,
+            "model": {k: whole(x.detach()) for k, x in self.model.raw.items()}, "optimizer": adam,
             "gradient": whole(self.gradient), "seen": whole(self.seen), "step": self.step, "seconds": self.seconds,
             "grown": self.grown, "setting": {name: getattr(self.cfg, name) for name in FIXED},
         }  # fmt: skip
@@ -1648,16 +1644,10 @@ def demo(cfg: Config, w: cluster.World) -> None:
     off = exactness(models["3D-GS"], cameras[view], data.background, cfg.tile)
     w.print("\nlargest difference from the dense image: " + ", ".join(f"{m} {x:.1e}" for m, x in off.items()))
     frames = frame_times(models, [cameras[v] for v in views[:5]], look, w)
-    head = {
-        "frame": "frame: projection to last pixel",
-        "gaussians": "N",
-        "pairs": "pairs",
-        "ms": "ms",
-        "faster": "x faster",
-    }
-    w.print("\n" + report.table(list(head.values()), frames) + "\n")
+    head = ["frame: projection to last pixel", "N", "pairs", "ms", "x faster"]
+    w.print("\n" + report.table(head, frames) + "\n")
     for row in frames:
-        run.log(**dict(zip(head, row, strict=True)))
+        run.log(**dict(zip(("frame", "gaussians", "pairs", "ms", "faster"), row, strict=True)))
     for name, model in models.items():
         model.save_ply(f"{cfg.out}/{name.lower()}.ply")
     w.print(draw_comparison(f"{cfg.out}/speedy_splat.png", data, view, cameras[view], models, found, look))
@@ -1786,10 +1776,8 @@ def render_frames(cfg: Config, w: cluster.World) -> None:
     """--model as PNG frames: a turntable, or one camera of --data. Frames are divided over ranks."""
     model = GaussianModel.from_ply(cfg.model).to(w.device)
     if cfg.data == "scene":
-        cameras, background = (
-            [scene_camera(i, cfg.views, cfg.size) for i in range(cfg.views)],
-            COLORS.get(cfg.background, SKY),
-        )
+        cameras = [scene_camera(i, cfg.views, cfg.size) for i in range(cfg.views)]
+        background = COLORS.get(cfg.background, SKY)
     else:
         data = load(replace(cfg, init="random", points=1), w)
         cameras, background = data.cameras, data.background
