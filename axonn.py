@@ -185,7 +185,7 @@ class Grid:
         on_gpu = dist.get_backend() == "nccl"
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         place = torch.arange(self.size).reshape(gdata, gz, gy, gx)
-        self.n = dict(zip("xyzdt", (*self.dims, gx * gy * gz), strict=True))  # t: the ranks of one model replica
+        self.n = axis_sizes(self.dims)
         self.groups, me = {}, dist.get_rank()
         for name in ("x", "y", "z", "d", "t", "z2"):  # z2: prefetched gathers must not queue behind reduce-scatters
             axis = "dzyx".find(name[0])
@@ -204,15 +204,15 @@ class Grid:
         return show(self.dims)
 
     def _start(self, kind: str, axis: str, x: Tensor, call: Callable, *args, group: str = "") -> _Work:
-        """Count a collective whose input is x, and start it."""
+        """Count a collective whose input is x, and start it; a single rank needs none."""
+        if self.n[axis] == 1:
+            return _Work()
         for log in _LOGS:
             log.add(kind, axis, self.n[axis], x)
         return _Work(call(*args, group=self.groups[group or axis], async_op=True), *args)
 
     def all_reduce(self, x: Tensor, axis: str, op=dist.ReduceOp.SUM, wait: bool = True) -> _Work:
         """Reduce contiguous x in place over the ranks along `axis`, one of x y z d t."""
-        if self.n[axis] == 1:
-            return _Work()
         work = self._start("all_reduce", axis, x, dist.all_reduce, x, op)
         if wait:
             work.wait()
@@ -220,16 +220,13 @@ class Grid:
 
     def all_gather(self, shard: Tensor, prefetch: bool = False) -> tuple[Tensor, _Work]:
         """The flat chunks (c,) of all z joined, (Gz c,)."""
-        if self.n["z"] == 1:
-            return shard, _Work()
-        whole, group = shard.new_empty(shard.numel() * self.n["z"]), "z2" if prefetch else "z"
+        whole = shard.new_empty(shard.numel() * self.n["z"]) if self.n["z"] > 1 else shard
+        group = "z2" if prefetch else "z"
         return whole, self._start("all_gather", "z", shard, _all_gather, whole, shard, group=group)
 
     def reduce_scatter(self, whole: Tensor) -> tuple[Tensor, _Work]:
         """Sum of whole (Gz c,) over z, of which this rank gets chunk z, (c,)."""
-        if self.n["z"] == 1:
-            return whole, _Work()
-        chunk = whole.new_empty(whole.numel() // self.n["z"])
+        chunk = whole.new_empty(whole.numel() // self.n["z"]) if self.n["z"] > 1 else whole
         return chunk, self._start("reduce_scatter", "z", whole, _reduce_scatter, chunk, whole)
 
     def total(self, x: Tensor) -> Tensor:
@@ -238,6 +235,11 @@ class Grid:
         self.all_reduce(x, "z")
         self.all_reduce(x, "d")
         return x
+
+
+def axis_sizes(dims: tuple) -> dict[str, int]:
+    """Ranks along x y z d, and t: the ranks of one model replica."""
+    return dict(zip("xyzdt", (*dims, math.prod(dims[:3])), strict=True))
 
 
 show = lambda dims: "x".join(map(str, dims))
@@ -406,40 +408,21 @@ def _check_ids(bad: Tensor, ids: Tensor, what: str) -> None:
         raise IndexError(f"{what}: {ids[bad][0].item()}")
 
 
-class _Norm(torch.autograd.Function):
-    """LayerNorm (centre) or RMSNorm over features split along Y, with the statistics of the whole width."""
+class _Statistic(torch.autograd.Function):
+    """Sum over Y of a number a token, (..., 1), that all ranks along Y use: its gradient is a sum over Y again."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, grid, h, eps):
-        """x (..., h/Gy), weight and bias (h/Gy,), wide; two all-reduces of one number a token, RMSNorm one."""
-        c = x.to(torch.promote_types(x.dtype, torch.float32))
-        if bias is not None:
-            mean = c.sum(dim=-1, keepdim=True)  # (..., 1)
-            grid.all_reduce(mean, "y")
-            c = c - mean / h
-        var = c.square().sum(dim=-1, keepdim=True)  # a second pass: E[x^2] - E[x]^2 loses digits
-        grid.all_reduce(var, "y")
-        r = (var / h + eps).rsqrt()  # (..., 1)
-        c = c * r
-        ctx.grid, ctx.h, ctx.centre = grid, h, bias is not None
-        ctx.save_for_backward(c.to(x.dtype), r, weight)
-        y = c * weight
-        return (y if bias is None else y + bias).to(x.dtype)
+    def forward(ctx, x, grid):
+        ctx.grid, x = grid, x.clone()
+        grid.all_reduce(x, "y")
+        return x
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy):
-        """dy (..., h/Gy) -> dx like it, d_weight and d_bias (h/Gy,); one all-reduce over Y."""
-        c, r, weight = ctx.saved_tensors
-        c, g = c.to(r.dtype), dy.to(r.dtype)
-        d_weight, d_bias = (g * c).flatten(0, -2).sum(dim=0), g.flatten(0, -2).sum(dim=0)  # (h/Gy,) each
-        g = g * weight
-        sums = torch.stack([(g * c).sum(dim=-1), g.sum(dim=-1)][: 2 if ctx.centre else 1])  # (2 or 1, ...)
-        ctx.grid.all_reduce(sums, "y")
-        dx = g - c * (sums[0] / ctx.h)[..., None]
-        if ctx.centre:
-            dx = dx - (sums[1] / ctx.h)[..., None]
-        return (dx * r).to(dy.dtype), d_weight, d_bias if ctx.centre else None, None, None, None
+    def backward(ctx, g):
+        g = g.clone(memory_format=torch.contiguous_format)
+        ctx.grid.all_reduce(g, "y")
+        return g, None
 
 
 class LayerNorm3D(nn.Module):
@@ -455,12 +438,17 @@ class LayerNorm3D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Statistics in fp32 at least, result in the dtype of x."""
-        if self.grid.n["y"] > 1:
-            return _Norm.apply(x, self.weight, self.bias, self.grid, self.dim, self.eps)
-        weight = self.weight.to(x.dtype)  # one kernel where one rank has all
-        if self.bias is None:
-            return F.rms_norm(x, (self.dim,), weight, self.eps)
-        return F.layer_norm(x, (self.dim,), weight, self.bias.to(x.dtype), self.eps)
+        weight, bias, h = self.weight, self.bias, self.dim
+        if self.grid.n["y"] == 1:  # one kernel where one rank has all
+            if bias is None:
+                return F.rms_norm(x, (h,), weight.to(x.dtype), self.eps)
+            return F.layer_norm(x, (h,), weight.to(x.dtype), bias.to(x.dtype), self.eps)
+        c = x.to(torch.promote_types(x.dtype, torch.float32))
+        if bias is not None:
+            c = c - _Statistic.apply(c.sum(dim=-1, keepdim=True), self.grid) / h
+        var = _Statistic.apply(c.square().sum(dim=-1, keepdim=True), self.grid) / h  # E[x^2] - E[x]^2 loses digits
+        y = c * (var + self.eps).rsqrt() * weight
+        return (y if bias is None else y + bias).to(x.dtype)
 
 
 class RMSNorm3D(LayerNorm3D):
@@ -591,6 +579,8 @@ class Layout:
 
 def normal(name: str, shape: tuple, rows: slice, cols: slice, std: float, seed: int) -> Tensor:
     """Rows and columns of the matrix that `name` starts from, the same on every grid, drawn 256 rows at a time."""
+    if std == 0:  # to be filled from a file
+        return torch.zeros(rows.stop - rows.start, cols.stop - cols.start)
     step, drawn = 256, []
     for first in range(rows.start // step * step, rows.stop, step):
         g = cluster.generator(seed, zlib.crc32(name.encode()), first)
@@ -902,7 +892,7 @@ def machine(name: str) -> Machine:
 
 def ring_terms(cfg: "GPTConfig", dims: tuple, m: float) -> Iterator[tuple]:
     """The paper's five terms of each product of a block, for m tokens a rank: (term, collective, axis, elements in)."""
-    n = dict(zip("xyzd", dims, strict=True))
+    n = axis_sizes(dims)
     for k, o, transposed in cfg.products():
         over_k, over_o = "xy" if transposed else "yx"
         k, o = k // n[over_k], o // n[over_o]
@@ -957,7 +947,7 @@ def volume(cfg: "GPTConfig", rows: int, dims: tuple) -> dict:
 
     rows of cfg.seq tokens over all ranks, one micro-batch, all weights trained, the loss summed for the log once.
     """
-    n = dict(zip("xyzd", dims, strict=True)) | {"t": math.prod(dims[:3])}
+    n = axis_sizes(dims)
     m, h, V = rows * cfg.seq // (n["z"] * n["d"]), cfg.d_model // n["y"], -(-cfg.vocab // n["x"])
     out = defaultdict(lambda: (0, Fraction(0)))
 
@@ -979,8 +969,7 @@ def volume(cfg: "GPTConfig", rows: int, dims: tuple) -> dict:
     add("reduce_scatter", "z", n["z"] * chunk, 2)
     add("all_reduce", "x", m * h, 2)  # the embedding forward, the head backward
     add("all_reduce", "y", m * V)  # the head forward
-    add("all_reduce", "y", m, stats * (2 * L * again + 1))  # norms forward, a call a statistic
-    add("all_reduce", "y", stats * m, 2 * L + 1)  # and backward, one for all
+    add("all_reduce", "y", m, stats * (2 * L * (again + 1) + 2))  # norms forward and backward, a call a statistic
     add("all_reduce", "x", m)  # cross-entropy: the largest logit, then both sums
     add("all_reduce", "x", 2 * m)
     biases = sum(o // n["y" if transposed else "x"] for _, o, transposed in cfg.products()) if cfg.bias else 0
@@ -1021,11 +1010,11 @@ def calibrate(grid: Grid, small: int = 256, large: int = 2**18, repeats: int = 9
 
 def predict_measured(cfg: "GPTConfig", rows: int, dims: tuple, machine: Machine, b: int = 4) -> float:
     """Seconds of communication of a step from calibrate's rates: every call's latency and every byte of volume()."""
-    n = dict(zip("xyzd", dims, strict=True)) | {"t": math.prod(dims[:3])}
-    return sum(
-        calls * machine.rates[kind, n[axis]][0] + b * float(elements) / machine.rates[kind, n[axis]][1]
-        for (kind, axis), (calls, elements) in volume(cfg, rows, dims).items()
-    )
+    total, n = 0.0, axis_sizes(dims)
+    for (kind, axis), (calls, elements) in volume(cfg, rows, dims).items():
+        latency, beta = machine.rates[kind, n[axis]]
+        total += calls * latency + b * float(elements) / beta
+    return total
 
 
 # ---- the method: which way to multiply is fastest

