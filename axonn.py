@@ -1130,14 +1130,10 @@ class GPTConfig:
 
     def misfit(self, gx: int, gy: int) -> str:
         """Why Gx or Gy does not divide this model; empty if they do."""
-        for what, n, axis, g in (
-            ("query heads", self.n_head, "Gx", gx), ("key/value heads", self.kv_head, "Gx", gx),
-            ("MLP columns", self.d_ff, "Gx", gx), ("hidden features", self.d_model, "Gx", gx),
-            ("hidden features", self.d_model, "Gy", gy),
-        ):  # fmt: skip
-            if n % g:
-                return f"{n} {what} cannot be split over {axis} = {g}"
-        return ""
+        by_x = {"query heads": self.n_head, "key/value heads": self.kv_head, "MLP columns": self.d_ff}
+        cuts = [(n, what, "Gx", gx) for what, n in by_x.items()]
+        cuts += [(self.d_model, "hidden features", axis, g) for axis, g in (("Gx", gx), ("Gy", gy))]
+        return next((f"{n} {what} cannot be split over {axis} = {g}" for n, what, axis, g in cuts if n % g), "")
 
 
 SIZES = {  # layers, width, heads, and the least Gx Gy Gz on 40 GB in the released benchmark scripts
@@ -1294,10 +1290,9 @@ class GPT3D(nn.Module):
 
 
 class Boxes(Tensor):
-    """What a rank stores of one whole tensor, as torch.distributed.checkpoint sees it: boxes, whatever the grid.
+    """What a rank stores of one tensor, as torch.distributed.checkpoint sees it: the whole shape, without memory.
 
-    The tensor itself has the whole shape and no memory; parts {first element's place: view} are written from and read
-    into in place.
+    parts  {place of the first element: view}, boxes of any grid, written from and read into in place
     """
 
     @staticmethod
@@ -1407,11 +1402,11 @@ def backward(model: GPT3D, micro: list[Tensor], hide: bool, targets: Callable = 
 
     Returns the loss, 0-d: the mean over all unmasked tokens of all ranks. Collective.
     """
-    grid, total = model.grid, 0.0
-    count = global_count(torch.cat([targets(rows) for rows in micro]), grid)
+    grid, total, wanted = model.grid, 0.0, [targets(rows) for rows in micro]
+    count = global_count(torch.cat(wanted), grid)
     with overlap(model, micro_batches=len(micro)) if hide else contextlib.nullcontext():
-        for rows in micro:
-            loss = vocab_parallel_cross_entropy(model(rows[:, :-1]), targets(rows), grid) / count
+        for rows, want in zip(micro, wanted, strict=True):
+            loss = vocab_parallel_cross_entropy(model(rows[:, :-1]), want, grid) / count
             loss.backward()
             total = total + loss.detach()
     if not hide:
@@ -1582,7 +1577,7 @@ def check_resume(cfg: Config, w: cluster.World) -> None:
             raise BadInput(f"the checkpoint was trained with {then}, this run asks for {now}. "
                            f"Pass {then} to resume, or another --out to start anew.")  # fmt: skip
     given = math.prod(g or 1 for g in was["grid"])
-    w.print(f"resuming a run of grid {'x'.join(str(g or ranks // given) for g in was['grid'])}")
+    w.print(f"resuming a run of grid {show(g or ranks // given for g in was['grid'])}")
 
 
 def train(cfg: Config, w: cluster.World) -> None:
@@ -1807,7 +1802,8 @@ def bench(cfg: Config, w: cluster.World) -> None:
         rate = [f / t for f in (model_flop, hardware_flop)]
         cells = [*(f"{r / 1e12:.3f}" for r in rate), *(f"{r / ceiling:.0%}" for r in rate)]
         rows.append([show(d), "on" if hide else "off", f"{1e3 * t:.1f}", f"{waited / t:.0%}", *cells])
-    head = ["grid", "overlap", "step ms", "waiting", "model TFLOP/s", "hardware", "model of ceiling", "hardware"]
+    kinds = [f"{kind} {unit}" for unit in ("TFLOP/s", "of ceiling") for kind in ("model", "hardware")]
+    head = ["grid", "overlap", "step ms", "waiting", *kinds]
     w.print(report.table(head, rows))
     products, m, shrink = [], *((2048, 1) if cuda else (32, 64))
     for name in ("5B", "320B"):
@@ -1845,14 +1841,12 @@ def plan(cfg: Config) -> None:
     print("communication alone, none of it hidden; try the first few: --grid takes the first column")
 
 
-def local_ranks(n: int, device: str) -> None:
+def local_ranks(n: int) -> None:
     """This command on n local processes, as torchrun would start it. They end with this one, also when interrupted."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(n)}
     argv = [sys.executable, __file__, *sys.argv[1:]]
-    if device == "auto" and torch.cuda.device_count() < n:
-        argv += ["--device", "cpu"]
     env, ranks = {"OMP_NUM_THREADS": "1", **os.environ, **meet}, []
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
@@ -1876,11 +1870,11 @@ def main(cfg: Config) -> None:
     if cfg.mode == "plan":
         return plan(cfg)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # kernels start in issue order, which overlap() needs
-    alone, gpu = "RANK" not in os.environ, torch.cuda.is_available()
     if cfg.mode == "demo" and cfg.device == "auto":
         cfg.device = "cpu"  # the demo's claims are about gloo ranks; NCCL promises no equal bits
-    if alone and cfg.ranks > 1 and (cfg.mode == "demo" or (cfg.mode == "bench" and not gpu)):
-        return local_ranks(cfg.ranks, cfg.device)
+    gpu = cfg.device != "cpu" and torch.cuda.is_available()
+    if "RANK" not in os.environ and cfg.ranks > 1 and (cfg.mode == "demo" or (cfg.mode == "bench" and not gpu)):
+        return local_ranks(cfg.ranks)
     with cluster.world(cfg.device) as w:
         {"demo": demo, "train": train, "bench": bench}[cfg.mode](cfg, w)
 
