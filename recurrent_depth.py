@@ -1054,11 +1054,6 @@ class AtanAdam(torch.optim.Optimizer):
 # ---- the experiment: data
 
 
-def stream(seed: int, length: int, micro: int) -> torch.Generator:
-    """Of the rows of a training micro-step; -1: of held-out rows."""
-    return cluster.generator(seed, 9, length) if micro < 0 else cluster.generator(seed, 3, micro)
-
-
 class Parity:
     """Running parity: after a start token 2, random bits; the label at each bit is the parity of all bits up to it.
 
@@ -1072,7 +1067,8 @@ class Parity:
 
     def draw(self, rows: int, length: int, micro: int = -1) -> tuple[Tensor, Tensor]:
         """ids and labels (rows, 1 + length) of a micro-step, or fresh ones, in training by a chance of 2^-length."""
-        return self.label(torch.randint(2, (rows, length), generator=stream(self.seed, length, micro)))
+        g = cluster.generator(self.seed, *((9, length) if micro < 0 else (3, micro)))
+        return self.label(torch.randint(2, (rows, length), generator=g))
 
     @staticmethod
     def label(bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -1096,8 +1092,9 @@ class Text:
 
     def draw(self, rows: int, length: int, micro: int = -1) -> tuple[Tensor, Tensor]:
         """ids and labels (rows, length) at random places of the training text, or of the held-out text."""
+        g = cluster.generator(self.seed, *((9, length) if micro < 0 else (3, micro)))
         ids = self.held if micro < 0 else self.train
-        first = torch.randint(len(ids) - length, (rows, 1), generator=stream(self.seed, length, micro))
+        first = torch.randint(len(ids) - length, (rows, 1), generator=g)
         cut = ids[first + torch.arange(length + 1)]  # (rows, length + 1)
         return cut[:, :-1], cut[:, 1:]
 
@@ -1346,7 +1343,7 @@ def passes(acc: dict[int, float]) -> bool:
 
 def demo(cfg: Config, w: cluster.World) -> None:
     """Train a model per seed and one at fixed depth, then show what more iterations do to each."""
-    T, depths, data, tried = cfg.length, cfg.num_steps, Parity(cfg), []
+    T, depths, data, tried = cfg.length, sorted({*cfg.num_steps}), Parity(cfg), []
     refuse(cfg.task != "parity", "the demo is about parity. For text: python recurrent_depth.py train --preset bytes")
     refuse(T < 4, f"the demo looks at quarters of its rows, --length {T} must be at least 4")
     need = sorted({1, 4, 12, 64} - set(depths))
@@ -1354,7 +1351,6 @@ def demo(cfg: Config, w: cluster.World) -> None:
     run = report.Run(cfg.out, cfg, w)
     rows = lambda L: [x.to(w.device) for x in data.draw(cfg.rows, L)]
     mean = lambda right: {r: a.mean().item() for r, a in right.items()}
-    show = lambda title, head, lines: w.print(f"\n{title}\n" + report.table([*map(str, head)], lines))
     quarter = lambda right, i: {r: a.tensor_split(4)[i] for r, a in right.items()}
     rules = {  # rows leave when all their positions agree, or positions leave one by one
         "KL, whole row": KLExit(over="max"), "state, whole row": LatentDiffExit(over="max"), "KL, per token": KLExit(),
@@ -1375,12 +1371,11 @@ def demo(cfg: Config, w: cluster.World) -> None:
     longer = {L: by_depth(model, *rows(L), depths)[0] for L in (3 * T // 2, 2 * T)}
     table = {f"{T} bits, as in training": right, **{f"quarter {i + 1}": quarter(right, i) for i in range(4)}}
     table |= {"control: r = 1 in training": control, **{f"rows longer: {L} bits": a for L, a in longer.items()}}
+    gap = path_independence(model, rows(T)[0], depths)
     lines = [[name, *mean(a).values()] for name, a in table.items()]
-    show(f"seed {seed}: accuracy on {cfg.rows} fresh rows", ["r =", *depths], lines)
+    lines += [["path independence: |logits, s_0 noise - zero|", *gap.values()]]
+    w.print(f"\nseed {seed}: accuracy on {cfg.rows} fresh rows\n" + report.table(["r =", *map(str, depths)], lines))
     left = exit_table(w, model, {f"{L} bits": rows(L) for L in (T // 4, T // 2, 3 * T // 4, T)}, rules)
-    gap = path_independence(model, rows(T)[0], (1, 4, 8, 16, 32, 64))
-    title = "path independence: largest difference of logits, s_0 noise or zero"
-    show(title, ["r =", *gap], [["logits", *gap.values()]])
     use(w, model, rows(T)[0])
     steps, sure, _ = zip(*(found["KL, whole row"] for found in left.values()), strict=True)
     grows = [*steps] == sorted({*steps}) and min(sure) >= 0.98
@@ -1406,7 +1401,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
 def use(w: cluster.World, model: RecurrentDepthLM, ids: Tensor, new: int = 16, r: int = 24) -> None:
     """Continue rows by every way of generation; how often each says what greedy decoding without a cache says."""
     prompts, lines, want = ids[:8, : ids.shape[1] // 2].split(1), [], None  # 8 x (1, T)
-    T, sure = prompts[0].shape[1], lambda: KLExit(max_entropy=0.1)
+    T, sure = prompts[0].shape[1], KLExit(max_entropy=0.1)
 
     def plain(out: Tensor) -> tuple[Tensor, dict]:
         for _ in range(new):
@@ -1417,8 +1412,8 @@ def use(w: cluster.World, model: RecurrentDepthLM, ids: Tensor, new: int = 16, r
     go = functools.partial(generate, model, max_new_tokens=new, num_steps=r, init_scale=0)
     ways = {
         "no cache": plain, "cache": go, "cache of 4 iterations": lambda p: go(p, cache=RecurrentCache(4)),
-        "exit by KL, entropy < 0.1": lambda p: go(p, exit=sure()),
-        "the same, warm start": lambda p: go(p, exit=sure(), warm_start=True),
+        "exit by KL, entropy < 0.1": lambda p: go(p, exit=sure),
+        "the same, warm start": lambda p: go(p, exit=sure, warm_start=True),
         "speculative, drafts of 4": lambda p: go(p, draft_steps=4),
         "diffusion forcing": lambda p: diffusion_forcing(model, p, new, init_scale=0),
     }  # fmt: skip
@@ -1591,11 +1586,13 @@ def inspect(cfg: Config, w: cluster.World) -> None:
 class StackingCache(RecurrentCache):
     """What the bench compares with: a list of per-token tensors for each slot, stacked at every call."""
 
+    def __init__(self):
+        super().__init__()
+        self.tokens = {}  # slot -> keys, values
+
     def reserve(self, model, B, T, steps):
-        """Nothing to reserve."""
-        if self.model is None:
-            c, self.model, self.tokens = model.cfg, model, {}
-            self.first, self.l_R = c.n_layers_in_prelude + c.n_layers_in_coda, c.n_layers_in_recurrent_block
+        """The lengths, and no room for the core."""
+        super().reserve(model, B, T, 0)
 
     def write(self, slot, k, v):
         """All tokens' keys and values of the slot, (B, Hk, S, D) each."""
@@ -1604,10 +1601,6 @@ class StackingCache(RecurrentCache):
             del tokens[self.length :]
             tokens += x.unbind(dim=2)
         return tuple(torch.stack(tokens, dim=2) for tokens in held)
-
-    def seal(self, steps, T):
-        """Count them."""
-        self.length += T
 
 
 @torch.no_grad()
@@ -1619,10 +1612,11 @@ def bench(cfg: Config, w: cluster.World) -> None:
     T, r, wide = 512, 8, {"n_embd": 256, "num_attention_heads": 8, "intermediate_size": 704, "block_size": 1024}
     model = RecurrentDepthLM(RecurrentConfig.preset("tiny", **wide), cfg.seed).eval()
     ids = torch.randint(256, (1, T), generator=cluster.generator(cfg.seed))
-    cases = {"one preallocated tensor": RecurrentCache(capacity=T), "tensors stacked at each call": StackingCache()}
-    for name, cache in cases.items():
+    caches = {"one preallocated tensor": RecurrentCache(capacity=T), "tensors stacked at each call": StackingCache()}
+    for cache in caches.values():
         model(ids[:, :-1], r, cache=cache)
-        cases[name] = lambda cache=cache: (model(ids[:, -1:], r, cache=cache), cache.truncate(T - 1))
+    decode = lambda cache: (model(ids[:, -1:], r, cache=cache), cache.truncate(T - 1))
+    cases = {name: functools.partial(decode, cache) for name, cache in caches.items()}
     seconds = report.timed(cases | {"no cache, prefix recomputed": lambda: model(ids, r)}, device, repeats=15)
     base = seconds["one preallocated tensor"][0]
     w.print(f"{report.device_name(device)}, float32, {count(model)} parameters, T={T}, r={r}, batch 1")
@@ -1659,11 +1653,11 @@ def bench_huginn(cfg: Config, w: cluster.World) -> None:
     for budget in (32, 4, 1):
         cache = RecurrentCache(budget, capacity=T)
         model(ids[:, :-1], r, cache=cache)
-        step = lambda cache=cache: (model(ids[:, -1:], r, s0=s0, cache=cache), cache.truncate(T - 1))
-        step()
+        decode = lambda cache: (model(ids[:, -1:], r, s0=s0, cache=cache), cache.truncate(T - 1))
+        decode(cache)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            step()
+            decode(cache)
         t, spread = report.timed({"graph": graph.replay}, device, repeats=20)["graph"]
         size, share = cache.bytes() / 2**20, read / bandwidth / t
         lines.append([str(budget), f"{t * 1e3:.1f} ± {spread * 1e3:.1f}", 1 / t, size, share])

@@ -836,7 +836,7 @@ def test_bad_flags(argv, message, tmp_path, monkeypatch, capsys):
 # ---- the demo
 
 
-def test_each_seed_of_the_demo_has_its_own_rows(tmp_path, monkeypatch):
+def test_each_seed_of_the_demo_has_its_own_rows(tmp_path, monkeypatch, capsys):
     seen = []
 
     def stop(*_):
@@ -844,10 +844,11 @@ def test_each_seed_of_the_demo_has_its_own_rows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(R.Trainer, "run", lambda self, *_: seen.append((self.cfg.seed, self.data.seed)) or self)
     monkeypatch.setattr(R, "exit_table", stop)
-    cfg = replace(SMALL, seeds=(0, 3), num_steps=(1, 4, 12, 64), rows=4, out=str(tmp_path))
+    cfg = replace(SMALL, seeds=(0, 3), num_steps=(64, 12, 1, 4, 4), rows=4, out=str(tmp_path))
     with pytest.raises(InterruptedError), cluster.world("cpu") as w:
         R.demo(cfg, w)
     assert seen == [(0, 0), (3, 3), (0, 0)]  # the last is the control
+    assert re.search(r"^r = +1 +4 +12 +64$", capsys.readouterr().out, re.M)  # as the columns below it
 
 
 @pytest.mark.drill
