@@ -1385,7 +1385,7 @@ class Trainer:
         groups = [{"params": [x], "lr": RATES[k] * self.factor, "name": k} for k, x in self.model.raw.items()]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9**B, 0.999**B), eps=1e-15, fused=True)
         self.step, self.seconds = 0, 0.0
-        self.grown = torch.zeros(3, dtype=torch.long)  # cloned, split, dropped so far on this rank
+        self.grown = torch.zeros(3, dtype=torch.long)  # cloned, split, dropped so far
         self._fresh()
         if state:
             for moments in state["optimizer"]["state"].values():
@@ -1496,7 +1496,8 @@ class Trainer:
         noise = lambda m: torch.randn(n, 2, 3, generator=cluster.generator(cfg.seed, 4, i))[first : first + m]
         room = (cfg.max_gaussians - n) // (self.w.size if self.sharded else 1)
         mean, large = self.gradient / self.seen.clamp(min=1), i > self.schedule.large
-        self.grown += torch.tensor(densify(self.model, self.optimizer, mean, self.data.extent, noise, room, large))
+        grown = torch.tensor(densify(self.model, self.optimizer, mean, self.data.extent, noise, room, large))
+        self.grown += cluster.total(grown.to(self.w.device)).cpu() if self.sharded else grown
         self._fresh()
 
     def prune(self, kind: str, ratio: float) -> str:

@@ -893,6 +893,8 @@ def _two_views(rank, size, out):
         sharded.advance()
     assert sharded.count() == sum(int(n) for n in S.gather_rows(torch.tensor([len(sharded.model)]), w)[0])
     assert sharded.evaluate()["psnr"] > 15
+    whole, mine = cluster.total(sharded.grown), sharded.grown  # of the job, not of this rank
+    assert torch.equal(whole, 2 * mine) and int(mine.sum()) > 0
     state = sharded.state()
     again = S.Trainer(scene, replace(cfg, parallel="gaussians"), w, state)
     assert again.count() == sharded.count() == len(state["model"]["means"]) and again.step == 64
