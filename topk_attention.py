@@ -499,7 +499,7 @@ class KVStore:
     as storage only. pin: page-locked host memory, if there is a GPU. max_gpu_gb: refuse to grow past it; 0 is no limit.
     """
 
-    parts = 1  # processes that share the rows
+    ranks = 1  # processes that share the rows
 
     def __init__(self, device="cpu", index: str = "exact", dtype: torch.dtype = torch.bfloat16, pin: bool = False, *,
                  index_device=None, max_gpu_gb: float = 0.0):  # fmt: skip
@@ -697,7 +697,7 @@ class ShardedStore(KVStore):
     total = 0  # rows of all slices
 
     @property
-    def parts(self) -> int:
+    def ranks(self) -> int:
         return dist.get_world_size()
 
     @property
@@ -706,7 +706,7 @@ class ShardedStore(KVStore):
 
     def put(self, layer: int, k: Tensor, v: Tensor) -> None:
         rank, self.total = dist.get_rank(), k.shape[1]
-        own = slice(rank * self.total // self.parts, (rank + 1) * self.total // self.parts)
+        own = slice(rank * self.total // self.ranks, (rank + 1) * self.total // self.ranks)
         self.layers.pop(layer, None)
         super().append(layer, k[:, own], v[:, own])
 
@@ -755,7 +755,7 @@ def cache_bytes(config: dict, n: int, index: str, dtype: torch.dtype) -> tuple[i
 
 def check_memory(config: dict, n: int, store: KVStore, weights: int = 0, max_suffix: int = 1024) -> None:
     """MemoryError: n rows do not fit into host memory, or the store's max_gpu_gb, with the parts of the sum."""
-    kv, index = cache_bytes(config, math.ceil(n / store.parts), store.kind, store.dtype)
+    kv, index = cache_bytes(config, math.ceil(n / store.ranks), store.kind, store.dtype)
     on = lambda device, kind, size: size if device.type == kind else 0
     host = on(store.device, "cpu", kv) + on(store.index_device, "cpu", index)
     if host > (free := available_bytes()):
@@ -914,13 +914,11 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     sdpa = functools.partial(F.scaled_dot_product_attention, enable_gqa=q.shape[1] != k.shape[1])
     if T == S:
         return sdpa(q, k, v, is_causal=True)
-    if q.is_cuda:  # the flash kernel knows this alignment; is_causal would align to the upper left
-        return sdpa(q, k, v, attn_mask=causal_lower_right(T, S))
-    parts, rows = [], max(1, 2**26 // S)  # queries whose mask is 64 MB
+    parts, rows = [], T if q.is_cuda else max(1, 2**26 // S)  # a CPU makes the mask: 64 MB of it at a time
     for a in range(0, T, rows):
-        e = min(T, a + rows)
-        seen = torch.ones(e - a, S - T + e, dtype=torch.bool, device=q.device).tril(S - T + a)
-        parts.append(sdpa(q[:, :, a:e], k[:, :, : S - T + e], v[:, :, : S - T + e], attn_mask=seen))
+        e, seen = min(T, a + rows), S - T + min(T, a + rows)
+        mask = causal_lower_right(e - a, seen)  # is_causal would align to the upper left
+        parts.append(sdpa(q[:, :, a:e], k[:, :, :seen], v[:, :, :seen], attn_mask=mask))
     return torch.cat(parts, dim=2)
 
 
@@ -1034,7 +1032,7 @@ def generate(model: Llama, ids: Tensor, k, max_new_tokens: int, *, store: KVStor
         store = KVStore(model.device, dtype=model.dtype)
         prefill(model, ids[:-1], store, allow_extrapolation=allow_extrapolation)
         ids = ids[-1:]
-    if model.device.type == "cuda" and store.device.type == "cpu" and store.parts == 1:
+    if model.device.type == "cuda" and store.device.type == "cpu" and store.ranks == 1:
         attend.setdefault("cache", kernels.RowCache(store, model.device))
     suffix = Suffix(model, len(ids) + (min(max_suffix, max_new_tokens) if max_suffix else max_new_tokens))
     new, given = [], ids
@@ -1444,7 +1442,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     w.print("\n" + report.table(head, [[label, *acc] for label, acc in found.items()]) + "\n")
     single = {n: found[f"{n} tokens"] for n in cfg.contexts}
     for n, (dense, *others) in single.items():
-        if max(others) > dense + 0.05:
+        if n > STAGES[1][0] + TAIL and max(others) > dense + 0.05:
             w.print(f"lesson: at {n} tokens, past its training length, the model is better with top-k than dense: the "
                     "far tail no longer dilutes what counts")  # fmt: skip
     best = [f"{x.split(', ')[1]} reaches {max(found[x][1:]) / max(1e-9, found[x][0]):.2f}" for x in (several, frequent)]

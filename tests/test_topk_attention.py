@@ -896,6 +896,13 @@ def test_the_claim_can_fail(tmp_path):
     assert not json.loads((tmp_path / "claim.json").read_text())["holds"]  # a model that knows nothing
 
 
+def test_the_lesson_on_length_is_told_past_the_training_length_only(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(T, "toy_accuracy", lambda model, task, n, queries, ks, *a, **how: [0.5, 0.9])
+    for n in (512, 2048):
+        T.main(T.Config(out=str(tmp_path), steps=(1, 1), contexts=(n,), real=False, ks=("0.02",)))
+        assert ("past its training length" in capsys.readouterr().out) == (n == 2048)
+
+
 def test_equal_seeds_give_equal_models():
     a, b, c = (T.train_tiny(seed, (4, 1)) for seed in (0, 0, 1))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
