@@ -943,7 +943,7 @@ def load_weights(path: str | Path) -> RecurrentDepthLM:
         try:
             tensors |= st.load_file(file)
         except FileNotFoundError as e:
-            why = "though the index names it" if file != path else "and so is model.safetensors.index.json"
+            why = "though the index names it" if file != path else "and there is no index"
             raise FileNotFoundError(f"{file} is missing, {why}.") from e
         except Exception as e:  # safetensors has its own
             raise BadInput(f"{file} is incomplete or damaged ({e}). Copy or download it again.") from e
@@ -960,6 +960,7 @@ def save_weights(model: RecurrentDepthLM, folder: str | Path) -> None:
     tensors = {n: p.detach().contiguous().cpu() for n, p in model.state_dict().items()}
     _safetensors().save_file(tensors, folder / "model.tmp", metadata={"format": "pt"})
     (folder / "model.tmp").replace(folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of another model: it would be read first
     huginn = {"model_type": "huginn_raven", "state_init": "like-init", "qk_bias": model.cfg.sandwich, "bias": False}
     report.write_json(folder / "config.json", huginn | asdict(model.cfg))
 
@@ -1320,10 +1321,11 @@ def exits(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, rules: dict, r_m
 
 
 def exit_table(w: cluster.World, model: RecurrentDepthLM, rows: dict, rules: dict[str, ExitRule]) -> dict:
-    """Print and return what exits() finds: {name of the rows: {name of the rule: its three values}}."""
-    found = {name: exits(model, *ids_and_labels, rules) for name, ids_and_labels in rows.items()}
+    """Print and return what exits() finds in rows {T: (ids, labels)}: {T: {name of the rule: its three values}}."""
+    found = {T: exits(model, *ids_and_labels, rules) for T, ids_and_labels in rows.items()}
     lines = [[rule, *(f"{f[rule][0]:.1f} ({f[rule][1]:.3f})" for f in found.values())] for rule in rules]
-    w.print("\nexit, at most 32 iterations: mean iterations (accuracy)\n" + report.table(["rule", *found], lines))
+    head = ["rule", *(f"T = {T}" for T in found)]
+    w.print("\nexit, at most 32 iterations: mean iterations (accuracy)\n" + report.table(head, lines))
     return found
 
 
@@ -1375,7 +1377,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     lines = [[name, *mean(a).values()] for name, a in table.items()]
     lines += [["path independence: |logits, s_0 noise - zero|", *gap.values()]]
     w.print(f"\nseed {seed}: accuracy on {cfg.rows} fresh rows\n" + report.table(["r =", *map(str, depths)], lines))
-    left = exit_table(w, model, {f"{L} bits": rows(L) for L in (T // 4, T // 2, 3 * T // 4, T)}, rules)
+    left = exit_table(w, model, {L: rows(L) for L in (T // 4, T // 2, 3 * T // 4, T)}, rules)
     use(w, model, rows(T)[0])
     steps, sure, _ = zip(*(found["KL, whole row"] for found in left.values()), strict=True)
     grows = [*steps] == sorted({*steps}) and min(sure) >= 0.98
@@ -1442,9 +1444,8 @@ def draw(right: dict, control: dict, left: dict, figure, axes) -> None:
     mean.set_xscale("log", base=2)
     mean.set(xlabel="iterations r at test time", ylabel="accuracy, all positions", title="Depth is a dial")
     mean.legend(frameon=False)
-    for name, found in left.items():
-        by_position = found["KL and entropy < 0.1, per token"][2]
-        out.plot(range(1, len(by_position) + 1), by_position, label=f"{name}, per token")
+    for L, found in left.items():
+        out.plot(range(1, L + 1), found["KL and entropy < 0.1, per token"][2], label=f"{L} bits, per token")
         out.axhline(found["KL, whole row"][0], color=out.lines[-1].get_color(), ls=":", lw=1)
     title = "Exit: harder positions leave later (dotted: rows)"
     out.set(xlabel="position", ylabel="iterations before exit", title=title)
@@ -1467,15 +1468,17 @@ def train(cfg: Config, w: cluster.World, data=None, model: RecurrentDepthLM | No
 
 
 def keep(cfg: Config, w: cluster.World, model: RecurrentDepthLM, data) -> None:
-    """Write the weights, and the tokenizer if there is one, to OUT/model."""
+    """Write the weights to OUT/model, with the tokenizer that belongs to them if there is one."""
     if not w.main:
         return
     try:
         save_weights(model, f"{cfg.out}/model")
     except ModuleNotFoundError as e:
         return w.print(f"weights not written: {e}")
+    tokenizer = Path(cfg.out, "model", "tokenizer.json")
+    tokenizer.unlink(missing_ok=True)  # of an earlier model
     if data.tokenizer is not None:
-        data.tokenizer.save(f"{cfg.out}/model/tokenizer.json")
+        data.tokenizer.save(str(tokenizer))
     w.print(f"weights: {cfg.out}/model")
 
 
@@ -1630,7 +1633,7 @@ def bench(cfg: Config, w: cluster.World) -> None:
         rules |= {f"{n}, entropy < 0.1": make(over="last", max_entropy=0.1) for n, make in EXITS.items()}
         deep = by_depth(model, *rows, (32,))[0][32].mean().item()
         w.print(f"\n{cfg.model}: positions leave one by one; all 32 iterations give accuracy {deep:.3f}")
-        left = exit_table(w, model, {f"{cfg.length} long": rows}, rules)[f"{cfg.length} long"]
+        left = exit_table(w, model, {cfg.length: rows}, rules)[cfg.length]
         found |= {"exits": [[n, *f[:2]] for n, f in left.items()], "accuracy_at_32": deep}
     if w.main:
         report.write_json(f"{cfg.out}/bench.json", found)

@@ -174,6 +174,16 @@ def test_load_with_and_without_the_copies_and_with_an_index(model, tmp_path):
     (tmp_path / "b.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="index names it"):
         R.load_weights(tmp_path)
+    R.save_weights(model, tmp_path)  # over the index
+    assert torch.equal(R.load_weights(tmp_path)(IDS, 2, S0).logits, model(IDS, 2, S0).logits)
+
+
+def test_a_model_does_not_inherit_a_tokenizer(tmp_path):
+    old = tmp_path / "model" / "tokenizer.json"
+    old.parent.mkdir()
+    old.write_text("of the model that stood here before")
+    R.keep(replace(SMALL, out=str(tmp_path)), cluster.World(0, 1, torch.device("cpu")), tiny(), R.Parity(SMALL))
+    assert not old.exists() and R.load_weights(old.parent).cfg == tiny().cfg
 
 
 def test_save_and_load_is_exact(model, tmp_path):
