@@ -1482,7 +1482,12 @@ def watched(model: Llama, ids: Tensor, last: int, **how) -> tuple[KVStore, dict[
     """Prefill ids[:-last], decode the rest densely -> the store, and per layer the queries that were asked of it."""
     store, asked = prefill(model, ids[:-last], KVStore(model.device, dtype=torch.float32), **how), {}
     attend = store.attend
-    store.attend = lambda layer, q, *args, **more: asked.update({layer: q}) or attend(layer, q, *args, **more)
+
+    def listen(layer: int, q: Tensor, *args, **more) -> Tensor:
+        asked[layer] = q
+        return attend(layer, q, *args, **more)
+
+    store.attend = listen
     _advance(model, ids[-last:], store, [1.0] * len(model.layers), Suffix(model, last))
     return store, asked
 
