@@ -794,6 +794,9 @@ def test_kernels_on_a_gpu():
     got = T.topk_attention(q, k, v, 0.01, k_suffix=ks, v_suffix=vs)
     want = T.topk_attention(q, k, v, 0.01, k_suffix=ks, v_suffix=vs, backend="torch")
     torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+    q64, k64, v64 = (x[:, :, :4096].double() for x in (q, k, v))  # the kernels stop at float32: auto takes torch
+    whole = F.scaled_dot_product_attention(q64, k64, v64, enable_gqa=True)
+    torch.testing.assert_close(T.topk_attention(q64, k64, v64, 1.0), whole)
     store, home = (T.KVStore(d, "q4", torch.bfloat16, pin=True) for d in ("cuda", "cpu"))
     for s in (store, home):
         s.put(0, k[0], v[0])
