@@ -230,7 +230,7 @@ def test_the_dense_reference_fits_in_memory(monkeypatch):
     whole, dense = S.render_dense(model, camera), S.render_dense
     monkeypatch.setattr(S, "DENSE", 100)
     torch.testing.assert_close(S.render_dense(model, camera), whole, rtol=0, atol=1e-14)
-    monkeypatch.setattr(S, "DENSE", 2**26)
+    monkeypatch.setattr(S, "DENSE", 2**23)
     monkeypatch.setattr(S, "render_dense", lambda m, c, *rest: sizes.append(c.size) or dense(m, c, *rest))
     off = S.exactness(model, S.scene_camera(3, 10, 800), S.SKY, 16)
     assert sizes == [(96, 96)] and off["accutile"] < 1e-12
