@@ -232,8 +232,8 @@ class Grid:
     def total(self, x: Tensor) -> Tensor:
         """Sum of x over the shards of the batch (Z and data), as a new tensor. X and Y hold the same already."""
         x = x.detach().clone()
-        self.all_reduce(x, "z")
-        self.all_reduce(x, "d")
+        for axis in "zd":
+            self.all_reduce(x, axis)
         return x
 
 
@@ -516,13 +516,12 @@ def global_count(targets: Tensor, grid: Grid, ignore_index: int = -100) -> Tenso
 
 
 def check_same_tokens(ids: Tensor, grid: Grid) -> None:
-    """RuntimeError: ranks along X or Y were given other tokens than this one. Two small all-reduces per axis."""
+    """RuntimeError: ranks along X or Y were given other tokens than this one. One small all-reduce per axis."""
     h = torch.tensor(zlib.crc32(ids.cpu().contiguous().numpy().tobytes()), device=grid.device)
     for axis in "xy":
-        low, high = h.clone(), h.clone()
-        grid.all_reduce(low, axis, dist.ReduceOp.MIN)
-        grid.all_reduce(high, axis, dist.ReduceOp.MAX)
-        if low != high:
+        ends = torch.stack([h, -h])  # the least and, negated, the largest
+        grid.all_reduce(ends, axis, dist.ReduceOp.MIN)
+        if ends[0] != -ends[1]:
             raise RuntimeError(f"ranks along {axis.upper()} of grid {grid} were given different tokens. All X and Y "
                                f"ranks of a data shard must read the same rows: those of grid.data_shard.")  # fmt: skip
 
