@@ -400,7 +400,7 @@ def exact_topk(scores: Tensor, k: int, method: str = "blocks") -> tuple[Tensor, 
     if method not in ("blocks", "radix"):
         raise ValueError(f"unknown method {method!r}; choose blocks or radix")
     if method == "radix":
-        return kernels.radix_topk(scores, k)
+        return radix_topk(scores, k)
     size = 1 << max(0, round(math.log2(max(1, n / max(1, k))) / 2))  # rows per block, about sqrt(N / k)
     count = n // size
     if size < 4 or n < 4096 or k == 0:
@@ -416,6 +416,43 @@ def exact_topk(scores: Tensor, k: int, method: str = "blocks") -> tuple[Tensor, 
     rows = torch.cat([rows.flatten(-2), rest], dim=-1)  # (..., size k + n % size)
     values, at = scores.gather(-1, rows).topk(k, dim=-1, sorted=False)
     return values, rows.gather(-1, at)
+
+
+def ordered_key(scores: Tensor) -> Tensor:
+    """float32 -> int64 in 0..2^32 - 1 with the same order; -0 and +0 are equal, NaN lies above +inf."""
+    bits = (scores + 0.0).view(torch.int32).long() & 0xFFFFFFFF
+    return torch.where(bits >= 2**31, 0xFFFFFFFF - bits, bits + 2**31)
+
+
+def radix_threshold(key: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Of key (..., N): the k-th largest (..., 1), and how many rows equal to it belong to the k largest (..., 1).
+
+    Three passes, each a histogram of the next bits among the rows that share the bits found so far.
+    """
+    need = torch.full_like(key[..., :1], k)
+    prefix = torch.zeros_like(need)
+    for shift, width in ((21, 11), (10, 11), (0, 10)):
+        alive = (key >> (shift + width)) == prefix
+        bins = (key >> shift) & ((1 << width) - 1)
+        count = torch.zeros(*key.shape[:-1], 1 << width, dtype=torch.long, device=key.device)
+        count = count.scatter_add(-1, bins, alive.long())
+        above = count.flip(-1).cumsum(-1).flip(-1) - count  # rows in higher bins
+        pivot = ((above < need) & (need <= above + count)).int().argmax(dim=-1, keepdim=True)  # (..., 1)
+        need, prefix = need - above.gather(-1, pivot), (prefix << width) | pivot
+    return prefix, need
+
+
+def radix_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row by radix select: scores (..., N) float32 -> values, indices, both (..., k). The lowest
+    index wins a tie, indices ascend. ValueError: another dtype."""
+    if scores.dtype != torch.float32:
+        raise ValueError(f"radix select reads the bits of float32, got {scores.dtype}. Use method='blocks'.")
+    key = ordered_key(scores)
+    threshold, need = radix_threshold(key, k)
+    tie = key == threshold
+    chosen = (key > threshold) | (tie & (tie.cumsum(-1) <= need))
+    index = torch.arange(key.shape[-1], device=key.device).expand_as(key)[chosen].reshape(*key.shape[:-1], k)
+    return scores.gather(-1, index), index
 
 
 def dense_weights(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
@@ -489,6 +526,201 @@ def _sharded_one(q, k, v, topk, ks, vs, scale, group=None, want_index: bool = Fa
     return o.reshape(Hq, T, D), l.reshape(Hq, T), index if want_index else None
 
 
+# ---- approximate first passes: what is scanned instead of the keys
+#
+# An index takes in the keys of a layer by add(k), k (Hk, all rows so far, D); n of them are in it. candidates(q, count,
+# top, select): q (Hk, R, D) -> rows (Hk, R, count), and whether the best `top` are proven to be among them (Hk, R), or
+# None. select(scores (..., n), count) -> values, indices names the largest of a row.
+
+GROUP = 64  # rows that share a scale and an offset
+
+
+class Quantised:
+    """A small copy of the keys: q4 (x - low) / scale in 4 bits, scale and offset per 64 rows and channel, channels d
+    and d + D/2 in one byte; or sign, 1 bit per channel and the row's norm. Rows that do not fill a group of 64 stay
+    out; the store searches them exactly.
+    """
+
+    def __init__(self, kind: str, Hk: int, D: int, device):
+        if D % (8 if kind == "sign" else 2):
+            raise ValueError(f"index {kind!r} packs several channels into a byte: head width {D} does not divide")
+        self.kind, self.D, self.device, self.n, self.parts = kind, D, device, 0, []
+
+    def add(self, k: Tensor) -> None:
+        new, end, pack = [], k.shape[1] // GROUP * GROUP, self._signs if self.kind == "sign" else self._levels
+        for a in range(self.n, end, 1024 * GROUP):  # a block at a time
+            new.append(pack(k[:, a : min(end, a + 1024 * GROUP)].to(self.device).float()))
+        if new:
+            blocks = [self.parts, *new] if self.n else new
+            self.parts, self.n = [torch.cat(part, dim=1) for part in zip(*blocks, strict=True)], end
+
+    def _signs(self, x: Tensor) -> tuple[Tensor, ...]:
+        bits = (x > 0).unflatten(-1, (-1, 8)).to(torch.uint8)
+        weight = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
+        return (bits * weight).sum(dim=-1, dtype=torch.uint8), (x.norm(dim=-1, keepdim=True) / self.D**0.5).half()
+
+    def _levels(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = x.unflatten(1, (-1, GROUP))  # (Hk, g, 64, D)
+        low = x.amin(dim=2).half()  # (Hk, g, D)
+        scale = ((x.amax(dim=2) - low.float()) / 15).clamp(min=1e-7).half()
+        step = scale.float().clamp(min=1e-7)[:, :, None]
+        code = ((x - low.float()[:, :, None]) / step).round_().clamp_(0, 15).to(torch.uint8).flatten(1, 2)
+        return code[..., : self.D // 2] | (code[..., self.D // 2 :] << 4), scale, low
+
+    def widen(self, a: int, e: int) -> Tensor:
+        """Rows a..e - 1 as fp32, (Hk, e - a, D). a and e are multiples of 64."""
+        code = self.parts[0][:, a:e]
+        if self.kind == "sign":
+            bits = (code[..., None] >> torch.arange(8, dtype=torch.uint8, device=code.device)) & 1
+            return (bits.flatten(-2).float() * 2 - 1) * self.parts[1][:, a:e].float()
+        code = torch.cat([code & 15, code >> 4], dim=-1)
+        scale, low = (p[:, a // GROUP : e // GROUP, None].float() for p in self.parts[1:])  # (Hk, g, 1, D)
+        return (code.unflatten(1, (-1, GROUP)) * scale + low).flatten(1, 2)
+
+    def candidates(self, q: Tensor, count: int, top: int, select=torch.topk) -> tuple[Tensor, None]:
+        if q.is_cuda and self.kind == "q4" and kernels.available():
+            return kernels.topk_triton(kernels.q4_scores_triton(q, *self.parts), count)[1], None
+        s = torch.empty(len(q), q.shape[1], self.n, device=q.device)
+        for a in range(0, self.n, 4096):
+            e = min(self.n, a + 4096)
+            torch.bmm(q, self.widen(a, e).transpose(1, 2), out=s[..., a:e])
+        return select(s, count)[1], None
+
+
+class Int8:
+    """Keys in 8 bits, scaled per head and channel, that prove what they find.
+
+    With k = scale * code + e, |e_d| <= error_d, the integer score is off by no more than sum_d |q_d| error_d. So the
+    rows left out of the candidates are worse than the best `top` of them as soon as the two integer scores differ by
+    twice that, and the exact scores of the candidates then give the exact choice.
+    """
+
+    def __init__(self, Hk: int, D: int, device):
+        if D % 8 or D > 512:
+            raise ValueError(f"index 'q8' takes 8 channels at a time, 512 at most: head width {D} does not fit")
+        self.n = 0
+        self.parts = [torch.empty(Hk, 0, D, dtype=torch.int8, device=device), *torch.zeros(2, Hk, 1, D, device=device)]
+
+    def add(self, k: Tensor) -> None:
+        """Codes of the new rows; of all rows anew if the new ones exceed the scale."""
+        code, scale, error = self.parts
+        blocks = lambda: (x.to(code.device).float() for x in k[:, self.n :].split(65536, dim=1))
+        peak = functools.reduce(torch.maximum, (x.abs().amax(dim=1, keepdim=True) for x in blocks()), 0 * scale)
+        if not (peak <= 127 * scale).all():  # also where K holds NaN
+            scale = (torch.maximum(peak, 127 * scale * (self.n > 0)) / 127).clamp(min=1e-30)
+            self.n, code, error = 0, code[:, :0], 0 * error
+        new = [code]
+        for x in blocks():
+            new.append((x / scale).round().to(torch.int8))
+            error = torch.maximum(error, (x - new[-1] * scale).abs().amax(dim=1, keepdim=True))
+        self.parts, self.n = [torch.cat(new, dim=1), scale, error], k.shape[1]
+
+    def candidates(self, q: Tensor, count: int, top: int, select=torch.topk) -> tuple[Tensor, Tensor]:
+        (code, scale, error), R = self.parts, q.shape[1]
+        p = q * scale  # q . k = p . code
+        unit = p.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
+        high = (p / unit).round()
+        low = ((p / unit - high) * 254).round()  # q in 16 bits: p = unit (high + low / 254)
+        columns = F.pad(torch.cat([high, low], dim=1), (0, 0, 0, -2 * R % 8)).to(torch.int8)  # (Hk, 2 R, D), padded
+        s = torch.empty(len(q), self.n, R, dtype=torch.int32, device=q.device)
+        for h in range(len(q)):
+            both = torch._int_mm(code[h], columns[h].T)  # (n, 2 R)
+            torch.add(both[:, R : 2 * R], both[:, :R], alpha=254, out=s[h])
+        score, index = select(s.transpose(1, 2), count)  # (Hk, R, count)
+        off = (q.abs() * error).sum(-1) + 127 * (p - unit * (high + low / 254)).abs().sum(-1)  # (Hk, R)
+        gap = (score.topk(top, dim=-1).values[..., -1] - score.amin(dim=-1)) * unit[..., 0] / 254
+        return index, gap > 2.001 * off
+
+
+class Clusters:
+    """An inverted-file index: rows in lists around spherical k-means centres; a query reads the lists nearest to it.
+
+    ceil(n / 1000) lists, ceil(sqrt n) above 900 000 rows, 8 read, centres from the first 100 000 rows: the settings of
+    the paper's released code. Rows added later stay out until they are a quarter of the rest.
+    """
+
+    probes = 8
+
+    def __init__(self, Hk: int, D: int, device):
+        self.n, self.device, self.parts = 0, device, []  # parts: centres, rows list by list, where each list starts
+
+    def add(self, k: Tensor) -> None:
+        n = k.shape[1]
+        if n < max(1, 1.25 * self.n):
+            return
+        lists = math.ceil(n / 1000) if n <= 900_000 else math.ceil(n**0.5)
+        g, found = cluster.generator(n), []
+        for keys in k:  # a head
+            unit = lambda a, e, keys=keys: F.normalize(keys[a:e].to(self.device).float(), dim=-1)
+            train = unit(0, 100_000)
+            c = train[torch.randperm(len(train), generator=g)[:lists].to(train.device)]
+            for _ in range(8):
+                home = (train @ c.T).argmax(dim=1)
+                c = F.normalize(torch.zeros_like(c).index_add_(0, home, train) + 1e-6 * c, dim=-1)
+            home = torch.cat([(unit(a, a + 65536) @ c.T).argmax(dim=1) for a in range(0, n, 65536)]).cpu()
+            found.append((c, home.argsort(stable=True), F.pad(home.bincount(minlength=lists).cumsum(0), (1, 0))))
+        self.parts, self.n = [torch.stack(part) for part in zip(*found, strict=True)], n
+
+    def candidates(self, q: Tensor, count: int, top: int, select=torch.topk) -> tuple[Tensor, None]:
+        """All members of the lists that are read, padded with -1, whatever `count`."""
+        centres, members, start = self.parts
+        near = torch.bmm(q, centres.transpose(1, 2)).topk(min(self.probes, centres.shape[1]), dim=-1).indices.cpu()
+        found = [[torch.cat([members[h, start[h, c] : start[h, c + 1]] for c in row]) for row in near[h]]
+                 for h in range(len(q))]  # fmt: skip
+        most = max(len(x) for rows in found for x in rows)
+        pad = lambda x: F.pad(x, (0, most - len(x)), value=-1)
+        return torch.stack([torch.stack([pad(x) for x in rows]) for rows in found]).to(q.device), None
+
+
+def make_index(kind: str, Hk: int, D: int, device):
+    """The index of one layer, None for "exact"."""
+    make = {"q8": Int8, "ivf": Clusters, "exact": lambda *_: None}.get(kind, functools.partial(Quantised, kind))
+    return make(Hk, D, device)
+
+
+class RowCache:
+    """Value rows of the last step kept on the GPU: neighbouring steps choose mostly the same rows, so only the new ones
+    travel, on a stream of their own. Exact: a row is reused when its index is chosen again. hits and asked count rows.
+
+    store.rows(layer) gives keys and values (Hk, N, D), store.gather(layer, idx) value rows. Rows must keep their place.
+    """
+
+    def __init__(self, store, device: torch.device):
+        self.store, self.device, self.last, self.hits, self.asked = store, device, {}, 0, 0
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fetch(self, layer: int, idx: Tensor) -> Tensor:
+        """store.gather(layer, idx) on the cache's device: idx (Hq, 1, k) -> (Hq, 1, k, D)."""
+        if idx.shape[1] != 1:
+            return self.store.gather(layer, idx).to(self.device)
+        values, idx, (Hq, _, k) = self.store.rows(layer)[1], idx.clamp(min=0), idx.shape
+        v = values.view(torch.uint8) if values.element_size() == 1 else values  # fp8 has no index_select
+        flat = (idx[:, 0] * Hq + torch.arange(Hq, device=idx.device)[:, None]).flatten()  # row and head
+        rows = torch.empty(len(flat), v.shape[2], dtype=v.dtype, device=self.device)
+        old, kept = self.last.get(layer, (flat[:0], rows[:0]))
+        place = torch.searchsorted(old, flat).clamp(max=max(0, len(old) - 1))
+        hit = old[place] == flat if len(old) else torch.zeros_like(flat, dtype=torch.bool)
+        new, again = (~hit).nonzero()[:, 0], hit.nonzero()[:, 0]
+        head = (new // k) // (Hq // len(v))
+        fresh = torch.empty(len(new), v.shape[2], dtype=v.dtype, pin_memory=self.copies is not None)
+        for h in range(len(v)):
+            mine = head == h
+            fresh[mine] = v[h].index_select(0, idx.flatten()[new[mine]])
+        with torch.cuda.stream(self.copies) if self.copies else contextlib.nullcontext():
+            moved, where = fresh.to(self.device, non_blocking=True), new.to(self.device, non_blocking=True)
+        if len(old):
+            rows[again.to(self.device)] = kept[place[again].to(self.device)]
+        if self.copies:
+            torch.cuda.current_stream(self.device).wait_stream(self.copies)
+            for x in (moved, where):
+                x.record_stream(torch.cuda.current_stream(self.device))
+        rows[where] = moved
+        order = flat.argsort()
+        self.last[layer] = (flat[order], rows[order.to(self.device)])
+        self.hits, self.asked = self.hits + len(again), self.asked + len(flat)
+        return rows.view(values.dtype).reshape(Hq, 1, k, -1)
+
+
 # ---- the cache: keys and values of one sequence, in host memory or on a GPU
 
 
@@ -538,7 +770,7 @@ class KVStore:
             raise ValueError(f"layer {layer}: k and v (Hk, N, D) needed, got {tuple(k.shape)} and {tuple(v.shape)}")
         Hk, m, D = k.shape
         if layer not in self.layers:
-            index = kernels.make_index(self.kind, Hk, D, self.index_device)
+            index = make_index(self.kind, Hk, D, self.index_device)
             self.layers[layer] = [self._buffer(Hk, m, D), self._buffer(Hk, m, D), 0, index]
         kb, vb, n, index = self.layers[layer]
         if (kb.shape[0], kb.shape[2]) != (Hk, D):
@@ -612,7 +844,7 @@ class KVStore:
         return _rows(v, idx.clamp(min=0).reshape(len(v), -1, idx.shape[-1])).reshape(*idx.shape, -1)
 
     def attend(self, layer: int, q: Tensor, topk, ks: Tensor, vs: Tensor, *, share: str = "head", candidates: int = 2,
-               sink: int = 0, recent: int = 0, cache: "kernels.RowCache | None" = None) -> Tensor:  # fmt: skip
+               sink: int = 0, recent: int = 0, cache: "RowCache | None" = None) -> Tensor:  # fmt: skip
         """topk_attention of q (Hq, T, D) over the stored rows and the suffix ks, vs (Hk, M, D), on q's device. cache:
         what keeps the rows of the last step on the GPU."""
         (k, v), (Hq, _, D) = self.rows(layer), q.shape
@@ -680,7 +912,7 @@ class KVStore:
             if store.device.type != "cpu" or store.pin:
                 store.put(layer, k, v)
                 continue
-            index = kernels.make_index(store.kind, len(k), k.shape[2], store.index_device)
+            index = make_index(store.kind, len(k), k.shape[2], store.index_device)
             if index and store.kind == kind:
                 index.n, index.parts = known, [x.to(store.index_device) for x in parts.values()]
             elif index:
@@ -749,7 +981,7 @@ def available_bytes() -> int:
 def cache_bytes(config: dict, n: int, index: str, dtype: torch.dtype) -> tuple[int, int]:
     """Bytes of keys and values, and of the index, of n rows in all layers."""
     L, Hk, D = config["num_hidden_layers"], config["num_key_value_heads"], config["head_dim"]
-    bits = {"exact": 0, "q8": 8, "q4": 4 + 32 / kernels.GROUP, "sign": 1 + 16 / D, "ivf": 64 / D}[index]
+    bits = {"exact": 0, "q8": 8, "q4": 4 + 32 / GROUP, "sign": 1 + 16 / D, "ivf": 64 / D}[index]
     return 2 * n * L * Hk * D * dtype.itemsize, int(n * L * Hk * D * bits / 8)
 
 
@@ -1033,7 +1265,7 @@ def generate(model: Llama, ids: Tensor, k, max_new_tokens: int, *, store: KVStor
         prefill(model, ids[:-1], store, allow_extrapolation=allow_extrapolation)
         ids = ids[-1:]
     if model.device.type == "cuda" and store.device.type == "cpu" and store.ranks == 1:
-        attend.setdefault("cache", kernels.RowCache(store, model.device))
+        attend.setdefault("cache", RowCache(store, model.device))
     suffix = Suffix(model, len(ids) + (min(max_suffix, max_new_tokens) if max_suffix else max_new_tokens))
     new, given = [], ids
     for _ in range(max_new_tokens):
@@ -1830,7 +2062,7 @@ def bench_stores(cfg: Config, w: cluster.World, q: Tensor, top: int) -> dict:
             continue
         for layer in range(L):
             store.put(layer, *(x[0] for x in synthetic(Hk, n, D, dev, torch.bfloat16, cfg.seed + layer)))
-        cache = kernels.RowCache(store, dev) if cuda and home == "cpu" else None
+        cache = RowCache(store, dev) if cuda and home == "cpu" else None
         ks, g, step = q.new_zeros(Hk, 1, D), torch.Generator(dev).manual_seed(1), [q]
 
         def token(store=store, cache=cache, share=share, step=step, g=g, ks=ks) -> None:

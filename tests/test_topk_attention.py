@@ -149,9 +149,9 @@ def test_exact_topk_equals_torch(name, method):
         assert torch.equal(s.gather(-1, index), value)
         assert all(len(set(row)) == k for row in index.reshape(-1, k).tolist())
         if method == "radix":
-            threshold, need = kernels.radix_threshold(kernels.ordered_key(s), k)
-            above = (kernels.ordered_key(s) > threshold).sum(-1, keepdim=True)
-            assert (above < k).all() and ((kernels.ordered_key(s) >= threshold).sum(-1, keepdim=True) >= k).all()
+            threshold, need = T.radix_threshold(T.ordered_key(s), k)
+            above = (T.ordered_key(s) > threshold).sum(-1, keepdim=True)
+            assert (above < k).all() and ((T.ordered_key(s) >= threshold).sum(-1, keepdim=True) >= k).all()
             assert (above + need == k).all()
 
 
@@ -448,7 +448,7 @@ def test_q8_proves_its_choice_or_scores_all_rows():
     with pytest.raises(ValueError, match="K of layer 0 holds NaN"):
         store.search(0, torch.ones(1, 1, 8), 2)
     with pytest.raises(ValueError, match="head width 20 does not fit"):
-        kernels.Int8(1, 20, "cpu")
+        T.Int8(1, 20, "cpu")
 
 
 def test_q4_recall_on_gaussian_keys():
@@ -515,7 +515,7 @@ def test_row_cache_is_exact_and_reuses(dtype):
     q, k, v, *_ = problem(Hq=4, N=500, dtype=torch.float32)
     store = T.KVStore(dtype=dtype)
     store.put(0, k[0], v[0])
-    cache, step = kernels.RowCache(store, torch.device("cpu")), q[0]
+    cache, step = T.RowCache(store, torch.device("cpu")), q[0]
     for i in range(5):
         step = step + 0.05 * torch.randn(step.shape, generator=torch.Generator().manual_seed(i))
         at = store.search(0, step, 30)[1]
@@ -752,7 +752,7 @@ def test_select_kernels(name):
     s = ROWS[name].reshape(1, -1, ROWS[name].shape[-1])[:, :1, -512:].contiguous()
     for k in (1, 6, s.shape[-1]):
         value, index = kernels.topk_triton(s, min(k, s.shape[-1]))
-        want = kernels.radix_topk(s, min(k, s.shape[-1]))
+        want = T.radix_topk(s, min(k, s.shape[-1]))
         assert torch.equal(index, want[1]) and torch.equal(value, want[0])
     with pytest.raises(ValueError, match="contiguous float32"):
         kernels.topk_triton(s.double(), 1)
@@ -762,14 +762,14 @@ def test_select_kernels_over_many_splits(monkeypatch):
     monkeypatch.setattr(kernels, "_per", lambda blocks, programs: 1)
     s = (torch.randn(1, 2, 2500, generator=torch.Generator().manual_seed(0)) * 4).round()  # ties across splits
     value, index = kernels.topk_triton(s, 300)
-    want = kernels.radix_topk(s, 300)
+    want = T.radix_topk(s, 300)
     assert torch.equal(index, want[1]) and torch.equal(value, want[0])
 
 
 def test_q4_kernel():
     k = torch.randn(2, 333, 40, generator=torch.Generator().manual_seed(0))
     q = torch.randn(2, 5, 40, generator=torch.Generator().manual_seed(1))
-    copy = kernels.Quantised("q4", 2, 40, "cpu")
+    copy = T.Quantised("q4", 2, 40, "cpu")
     copy.add(k)
     assert copy.n == 320
     want = torch.bmm(q, copy.widen(0, 320).transpose(1, 2))
