@@ -70,7 +70,8 @@ class Folder(Weights):
     """config.json, model.safetensors (or index and shards), tokenizer.json. get() reads only the block asked for."""
 
     def __init__(self, path: Path):
-        self.path, self.config = path, self._json("config.json")
+        self.path = path
+        self.config = self._json("config.json")
         if self.config.get("model_type") not in ("llama", "mistral"):
             raise BadInput(f"{path}: model_type {self.config.get('model_type')!r} is not supported, only 'llama'.")
         index = path / "model.safetensors.index.json"
