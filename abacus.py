@@ -800,7 +800,10 @@ class Trainer:
             for layer in self.model.layers:
                 layer.compile()
         shallow = cfg.loss == "prog" and cfg.injection in ("none", "first")  # then e may get no gradient
-        self.ddp = DistributedDataParallel(Objective(self.model), process_group=group, find_unused_parameters=shallow)
+        self.objective = Objective(self.model)
+        if w.size > 1:  # on one process it would only cost a tenth of a step
+            how = {"process_group": group, "find_unused_parameters": shallow}
+            self.objective = DistributedDataParallel(self.objective, **how)
 
     def state(self) -> dict:
         setting = {name: getattr(self.cfg, name) for name in FIXED}
@@ -842,9 +845,9 @@ class Trainer:
         for k, (ids, targets, offset) in enumerate(parts):
             mine = slice(w.rank % w.size, None, w.size)
             offset = offset[mine] if offset is not None and offset.ndim else offset
-            self.ddp.require_backward_grad_sync = k == len(parts) - 1
+            self.objective.require_backward_grad_sync = k == len(parts) - 1
             with torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-                loss = self.ddp(ids[mine], targets[mine], offset, depths)
+                loss = self.objective(ids[mine], targets[mine], offset, depths)
             (loss * w.size / count).backward()  # DDP averages over the ranks
             total += loss.detach()
         falling = (cfg.steps - self.step) / max(1, cfg.cooldown * cfg.steps)
