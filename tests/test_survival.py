@@ -6,13 +6,14 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, kill, run_script
+from ranks import ROOT, finish, kill, run_script
 
 from common import claims
 
@@ -185,3 +186,48 @@ def test_a_full_disk(name, tmp_path):
     one_line(done, "cannot write", "checkpoint")
     folder = tmp_path / FOLDER.get(name, "")
     assert metrics(folder) and not list(folder.glob("checkpoint*"))
+
+
+@pytest.mark.drill
+def test_two_agents_meet_stop_and_resume(tmp_path):
+    """docs/cluster.md in small: two torchrun agents on loopback equal one process; a scheduler's SIGTERM to both leaves
+    a checkpoint, and the job that is queued again goes on from it."""
+
+    def agents(out: Path, *more: str) -> list[subprocess.Popen]:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            meet = f"127.0.0.1:{s.getsockname()[1]}"
+        how = ["--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", meet]
+        argv = [sys.executable, "-m", "torch.distributed.run", *how, "goldfish.py", *train("goldfish", out, *more)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return [subprocess.Popen(argv, cwd=ROOT, env=env, start_new_session=True, **quiet) for _ in range(2)]
+
+    steps = ("--steps", "30")
+    assert run_script("goldfish.py", *train("goldfish", tmp_path / "one", *steps)).returncode == 0
+    said = finish(agents(tmp_path / "four", *steps), 240)
+    head = json.loads((tmp_path / "four" / "metrics.jsonl").read_text().splitlines()[0])
+    assert head["world"] == 4, said
+    pairs = zip(metrics(tmp_path / "one"), metrics(tmp_path / "four"), strict=True)
+    assert max(abs(a["loss"] - b["loss"]) for a, b in pairs) < 1e-3
+
+    out, long = tmp_path / "stopped", ("--steps", "100000", "--save-every", "0")
+    both = agents(out, *long)
+    try:
+        until(lambda: last_step(out) > 3, both[0], "the first steps")
+        for agent in both:
+            agent.send_signal(signal.SIGTERM)
+        finish(both, 90)
+    finally:
+        kill(both)
+    at = last_step(out)
+    assert (out / "checkpoint.pt").exists()
+    again = agents(out, *long, "--resume")
+    try:
+        until(lambda: last_step(out) > at + 3, again[0], "steps after the resumption")
+        for agent in again:
+            agent.send_signal(signal.SIGTERM)
+        finish(again, 90)
+    finally:
+        kill(again)
+    assert [r["step"] for r in metrics(out)] == list(range(1, last_step(out) + 1))
