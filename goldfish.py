@@ -166,7 +166,9 @@ def hash_table(device: str | torch.device = "cpu") -> Tensor:
     The released 1B models were trained with a table drawn on a GPU, by another algorithm: their masks are not these.
     """
     if str(device) not in _TABLES:
-        _TABLES[str(device)] = torch.rand(TABLE_SIZE, generator=torch.Generator().manual_seed(TABLE_SEED)).to(device)
+        _TABLES[str(device)] = torch.rand(
+            TABLE_SIZE, generator=torch.Generator().manual_seed(TABLE_SEED), device="cpu"
+        ).to(device)
     return _TABLES[str(device)]
 
 
@@ -226,7 +228,7 @@ def _check_k(k) -> None:
         raise ValueError(f"k must be an integer >= 2 or None, got {k!r}. On the command line 0 is ordinary training.")
 
 
-def _check_mask(targets, k, h, strategy, window, start, generator, strict, short_windows) -> None:
+def _check_mask(targets, before, k, h, strategy, window, start, generator, strict, short_windows) -> None:
     if k is not None:
         _check_k(k)
         if strategy not in STRATEGIES:
@@ -249,7 +251,7 @@ def _check_mask(targets, k, h, strategy, window, start, generator, strict, short
             "Pass generator=torch.Generator().manual_seed(0), or use strategy 'hash'."
         )
     L = targets.shape[-1]
-    if strategy in ("hash", "mix", "avalanche") and h > L and not short_windows:
+    if strategy in ("hash", "mix", "avalanche") and h > before + L and not short_windows:
         message = f"context width {h} exceeds sequence length {L}"
         if strict:
             raise ValueError(f"{message}. Give longer rows or a smaller h.")
@@ -284,7 +286,8 @@ def goldfish_mask(
     ValueError: k < 2, h < 1, an unknown name, a negative start, random without a generator. TypeError: not integers.
     Source: Sec. 3 of the paper; the released code for all that it leaves open.
     """
-    _check_mask(targets, k, h, strategy, window, start, generator, strict, short_windows)
+    before = 0 if prev is None else prev.shape[-1]  # tokens ahead of targets[0]
+    _check_mask(targets, before, k, h, strategy, window, start, generator, strict, short_windows)
     given = targets
     targets = torch.atleast_2d(targets).long()  # (B, L)
     B, L = targets.shape
@@ -302,10 +305,9 @@ def goldfish_mask(
         table = hash_table(targets.device)
         drop = kernels.window_mask_triton(targets.contiguous(), table, k, h, strategy, context, ignore_index, seed)
     else:
-        ids, docs, before = targets, None if doc_ids is None else torch.atleast_2d(doc_ids), 0
+        ids, docs = targets, None if doc_ids is None else torch.atleast_2d(doc_ids)
         if prev is not None:
             prev = torch.atleast_2d(prev).long().expand(B, -1)  # (B, h)
-            before = prev.shape[1]
             ids = torch.cat([prev, ids], dim=1)  # (B, h + L)
             docs = None if docs is None else torch.cat([docs[:, :1].expand(B, before), docs], dim=1)
         if hash_map is not None:

@@ -40,6 +40,16 @@ def test_table_is_the_released_one():
         assert int(((table * 2**24).long() * int(k) < 2**24).sum()) == int((table < 1 / int(k)).sum()) == count
 
 
+def test_table_is_drawn_on_the_cpu_whatever_the_default_device(monkeypatch):
+    want = G.hash_table()
+    monkeypatch.setattr(G, "_TABLES", {})
+    torch.set_default_device("meta")
+    try:
+        assert torch.equal(G.hash_table("cpu"), want)
+    finally:
+        torch.set_default_device(None)
+
+
 CASES = json.loads((DATA / "goldfish_masks.json").read_text())
 EDGES = json.loads((DATA / "goldfish_edge.json").read_text())
 
@@ -736,6 +746,7 @@ def test_warnings_and_what_is_allowed():
         warnings.simplefilter("error")
         G.goldfish_mask(draw(1, 60), 4, 30, "mix")
         assert not G.goldfish_mask(T, 4, strategy="static", start=20).any()
+        assert G.goldfish_mask(T[:, :5], 2, 13, prev=T[:, 5:18], strict=True).any()  # all windows are full
         loss, stats = G.goldfish_loss(torch.zeros(1, 20, 30), T, ignore_index=5, return_stats=True)  # a pad id
         assert stats["ignored"] == 1
         assert G.Config(k=None, strategy=None).k == 0
