@@ -378,8 +378,6 @@ def _check_loss(shape: tuple, V: int, targets: Tensor, device: torch.device, ign
         raise ValueError(f"targets {tuple(targets.shape)} do not match the rows {tuple(shape)} of logits or hidden")
     if targets.device != device:
         raise ValueError(f"targets are on {targets.device}, logits or hidden states on {device}. Move one of them.")
-    if V > 2**31 - 1:
-        raise ValueError(f"a vocabulary of {V} exceeds 2^31 - 1. Use goldfish_linear_loss, which never builds N x V.")
     ids = targets.long()  # an unsigned 156 is not -100
     bad = ((ids < 0) | (ids >= V)) & (ids != ignore_index)
     if targets.is_cuda:  # without a host synchronisation
@@ -415,7 +413,10 @@ def goldfish_loss(
     An ignore_index inside [0, V), such as a pad id, is allowed; that token is then never supervised.
     ValueError: shapes or devices disagree, a target outside [0, V), an unknown name. TypeError: targets not integers.
     """
-    _check_loss(logits.shape[:-1], logits.shape[-1], targets, logits.device, ignore_index)
+    V = logits.shape[-1]
+    if V > 2**31 - 1:
+        raise ValueError(f"a vocabulary of {V} exceeds 2^31 - 1. Use goldfish_linear_loss, which never builds N x V.")
+    _check_loss(logits.shape[:-1], V, targets, logits.device, ignore_index)
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"unknown impl {impl!r}; choose auto, torch or triton")
     if impl == "auto":
@@ -516,6 +517,8 @@ def goldfish_linear_loss(
     drop = goldfish_mask(targets, k, h, strategy, ignore_index=ignore_index, **mask_kw)
     masked = targets.long().masked_fill(drop, ignore_index)
     keep = masked != ignore_index
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # as F.linear would
     weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     total = _LinearSum.apply(hidden[keep], weight, bias, masked[keep], chunk)  # hidden[keep] (n, D)
     return _finish(total, masked, drop, ignore_index, normalizer, reduction, return_stats)
@@ -563,8 +566,8 @@ def extract(model, rows: Tensor, n_prefix: int, n_suffix: int, beams: int = 1, m
     for j in range(n_suffix):
         log_p = rearrange(decoder.log_probs(), "(b w) v -> b w v", b=B)
         branch = min(beams if mask is None else 8, log_p.shape[-1])
-        best, token = log_p.topk(branch, dim=-1)  # (B, W, branch)
-        token[..., 0] = (log_p == best[..., :1]).int().argmax(dim=-1)  # the lowest of equals
+        ranked, order = log_p.sort(dim=-1, descending=True, stable=True)  # of equals the lowest id first
+        best, token = ranked[..., :branch], order[..., :branch]  # (B, W, branch)
         if mask is not None:
             best[..., 1:].masked_fill_(~mask[:, n_prefix + j - 1, None, None], -math.inf)
         kept = min(beams, W * branch)

@@ -378,6 +378,19 @@ def test_linear_loss_low_precision_and_frozen_head():
     torch.testing.assert_close(low.grad.float(), hidden.grad, rtol=0.1, atol=2e-3)
 
 
+def test_linear_loss_follows_autocast_as_linear_does():
+    hidden, weight = torch.randn(2, 40, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    targets = draw(2, 40, high=50)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = G.goldfish_linear_loss(hidden, weight, targets, 4)
+    want = G.goldfish_linear_loss(hidden.bfloat16(), weight.bfloat16(), targets, 4)
+    assert got == want and got.dtype == torch.float32
+    for a, b in zip(
+        torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(want, (hidden, weight)), strict=True
+    ):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+
+
 @needs_triton
 def test_chunk_step_kernel():
     logits, y = torch.randn(9, 40), draw(9, high=40)
@@ -523,6 +536,7 @@ def test_greedy_extraction_and_metrics():
     assert G.first_divergence(gen, ref).tolist() == [4, 1]
     tie = lambda ids: torch.zeros(*ids.shape, 5)
     assert G.extract(tie, rows, 2, 3).tolist() == [[0, 0, 0]] * 2  # the lowest of equals
+    assert G.extract(tie, rows, 2, 1, beams=5).flatten(1).sort().values.tolist() == [[0, 1, 2, 3, 4]] * 2
     with pytest.raises(ValueError, match="cannot give 9 tokens"):
         G.extract(_successor(), rows, 9, 4)
     with pytest.raises(ValueError, match="does not cover"):
