@@ -93,7 +93,7 @@ class Config:
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = opt("float32", "of the matrix products", choices=("float32", "bfloat16"))
     # files
-    out: str = opt("results/goldfish", "folder of what the run writes, and of the run to audit or resume")
+    out: str = opt("results/goldfish", "folder of what the run writes, and of the run to resume")
     resume: bool = opt(False, "train: go on from the checkpoint in --out")
     save_every: int = opt(100, "steps between checkpoints; 0 writes only the last")
     log_every: int = opt(10, "steps between lines in metrics.jsonl")
@@ -115,17 +115,38 @@ class Config:
             self.k, self.strategy = 0, "hash"
         if self.k != 0:
             _check_k(self.k)
-        if self.h < 1:
-            raise ValueError(f"h must be at least 1, got {self.h}. The paper uses 13.")
-        for name in ("block", "batch", "accum", "steps", "prefix", "suffix", "log_every", "rows", "d_model", "n_head"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.d_model % self.n_head:
-            raise ValueError(f"--d-model {self.d_model} is not a multiple of --n-head {self.n_head}")
+        learns, least = (
+            self.mode in ("demo", "train"),
+            dict.fromkeys(
+                (
+                    "h",
+                    "block",
+                    "batch",
+                    "accum",
+                    "steps",
+                    "prefix",
+                    "suffix",
+                    "log_every",
+                    "rows",
+                    "d_model",
+                    "n_layer",
+                    "n_head",
+                ),
+                1,
+            ),
+        )
+        least |= {"canaries": int(self.mode == "demo"), "supervised_tokens": 0, "save_every": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise BadInput(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(self, name)}")
+        if self.d_model % (2 * self.n_head):
+            raise BadInput(f"--d-model {self.d_model} is not a multiple of 2 x --n-head {self.n_head}")
         if not 0 <= self.noise <= 1 or not 0 <= self.canary_share <= 1:
-            raise ValueError("--noise and --canary-share are parts of a whole, between 0 and 1")
-        if self.mode in ("demo", "train") and self.canaries and self.prefix + self.suffix > self.block + 1:
-            raise ValueError(f"--prefix {self.prefix} + --suffix {self.suffix} exceed a row, --block {self.block} + 1")
+            raise BadInput("--noise and --canary-share are parts of a whole, between 0 and 1")
+        if min(self.beams) < 1:
+            raise BadInput(f"--beams must be at least 1, got {min(self.beams)}")
+        if learns and self.canaries and self.prefix + self.suffix > self.block + 1:
+            raise BadInput(f"--prefix {self.prefix} + --suffix {self.suffix} exceed a row, --block {self.block} + 1")
         if self.strategy == "hash" and self.k and self.vocab == 256 and self.h > 10:
             warnings.warn(f"hash over bytes with h = {self.h} > 10 overflows often; use --strategy mix", stacklevel=3)
 
@@ -794,10 +815,11 @@ class Text:
         slots = 0 if cfg.control or not cfg.canaries else round(cfg.batch * cfg.canary_share)  # rows for canaries
         fresh = cfg.batch - slots
         shown = self._next(self.canary, step * slots, slots)
+        half = cfg.block // 2
         if cfg.rechunk:  # cut the canary at a random place: other text before or after it
             filler = self.background[torch.randint(len(self.background), (2, slots), generator=g)]
             around = torch.cat([filler[0], shown, filler[1]], dim=1)  # (slots, 3 (block + 1))
-            first = torch.randint(-cfg.suffix, cfg.suffix + 1, (slots, 1), generator=g) + cfg.block + 1
+            first = torch.randint(-half, half + 1, (slots, 1), generator=g) + cfg.block + 1
             shown = around.gather(1, first + torch.arange(cfg.block + 1))
         if cfg.noise:
             hit = torch.rand(shown.shape, generator=g) < cfg.noise
@@ -813,9 +835,10 @@ def mask_of(cfg: Config, rows: Tensor, *salt: int) -> Tensor:
 
 
 # settings that change the numbers of a run; a checkpoint goes on only under the same ones
-FIXED = (
-    "k", "h", "strategy", "window", "normalizer", "seed", "vocab", "block", "canaries", "canary_share", "control",
-    "noise", "rechunk", "d_model", "n_layer", "n_head", "batch", "lr", "warmup", "supervised_tokens", "dtype",
+TEXT = ("vocab", "block", "canaries")
+FIXED = TEXT + (
+    "k", "h", "strategy", "window", "normalizer", "seed", "canary_share", "control", "noise", "rechunk",
+    "d_model", "n_layer", "n_head", "batch", "lr", "warmup", "supervised_tokens", "dtype",
 )  # fmt: skip
 
 
@@ -960,14 +983,18 @@ ALIASES = {
 
 def row_config(cfg: Config, spec: str) -> Config:
     """The settings of one demo row: an alias, or FIELD=VALUE,... over the command line's. BadInput: no such field."""
-    kind, changed = {f.name: type(f.default) for f in fields(Config)}, {}
+    free = {f.name: f for f in fields(Config) if f.name in (*FIXED, "steps", "loss") and f.name not in TEXT}
+    changed = {}
     try:
         for item in ALIASES.get(spec, spec).split(","):
             name, _, value = item.partition("=")
             name = name.replace("-", "_")
-            if name not in kind or not value:
-                raise ValueError(f"{item!r} is not FIELD=VALUE with a field of --help")
-            changed[name] = bool(int(value)) if kind[name] is bool else kind[name](value)
+            if name not in free or not value:
+                raise ValueError(f"{item!r} is not FIELD=VALUE with a setting of the loss, the batches or the model")
+            kind, choices = type(free[name].default), free[name].metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{name} is one of {', '.join(choices)}")
+            changed[name] = bool(int(value)) if kind is bool else kind(value)
         return replace(cfg, **changed)
     except ValueError as e:
         raise BadInput(f"--runs {spec}: {e}. A row is one of {', '.join(ALIASES)}, or such as k=4,h=7.") from e
@@ -1082,7 +1109,9 @@ def print_audit(cfg: Config, w: cluster.World, found: dict) -> None:
 def audit_run(cfg: Config, w: cluster.World) -> None:
     """Audit the model that `train` left in --model: greedy, beam search, and the attacker who knows the mask."""
     state = cluster.load(f"{cfg.model}/checkpoint.pt")
-    c = replace(cfg, **state["setting"] | {"data": tuple(state["setting"]["data"])})
+    c = replace(cfg, mode="train", **state["setting"] | {"data": tuple(state["setting"]["data"])})
+    if not c.canaries:
+        raise BadInput(f"{cfg.model} was trained with --canaries 0: it has nothing to extract")
     text = Text(c)
     check_resume(state, c, text)
     model = GPT(small_config(c)).to(w.device)

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -729,13 +730,22 @@ T = torch.arange(1, 21).reshape(1, 20)
         (lambda: G.goldfish_linear_loss(torch.zeros(1, 20, 4), torch.zeros(30, 5), T), ValueError, "differ"),
         (lambda: G.goldfish_linear_loss(torch.zeros(1, 20, 4), torch.zeros(30, 4), T, chunk=0), ValueError, "least 1"),
         (lambda: G.Config(d_model=30), ValueError, "not a multiple"),
+        (lambda: G.Config(d_model=12), BadInput, "not a multiple"),
         (lambda: G.Config(suffix=60), ValueError, "exceed a row"),
+        (lambda: G.Config(canaries=0), BadInput, "--canaries must be at least 1"),
+        (lambda: G.Config("train", canaries=-1), BadInput, "--canaries must be at least 0"),
+        (lambda: G.Config(n_layer=0), BadInput, "--n-layer must be at least 1"),
+        (lambda: G.Config(supervised_tokens=-1.0), BadInput, "--supervised-tokens must be at least 0"),
+        (lambda: G.Config(beams=(8, 0)), BadInput, "--beams must be at least 1"),
         (lambda: G.Text(G.Config(canaries=5000)), BadInput, r"--canaries 5000, but the text has only \d+ rows"),
         (lambda: G.Text(G.Config(canaries=1800)), BadInput, r"too small: it has \d+ tokens.*need \d+"),
         (lambda: G.row_config(G.Config(), "k=1"), BadInput, "k must be"),
         (lambda: G.row_config(G.Config(), "kk=4"), BadInput, "kk.*such as k=4,h=7"),
         (lambda: G.row_config(G.Config(), "k=4,lr=x"), BadInput, "such as k=4,h=7"),
         (lambda: G.row_config(G.Config(), "hash"), BadInput, "such as k=4,h=7"),
+        (lambda: G.row_config(G.Config(), "k=4,strategy=hsah"), BadInput, "strategy is one of hash, mix"),
+        (lambda: G.row_config(G.Config(), "k=4,vocab=300"), BadInput, "'vocab=300' is not"),
+        (lambda: G.row_config(G.Config(), "k=4,data=docs"), BadInput, "'data=docs' is not"),
     ],
 )  # fmt: skip
 def test_bad_input(call, error, message):
@@ -764,6 +774,16 @@ def test_warnings_and_what_is_allowed():
         loss, stats = G.goldfish_loss(torch.zeros(1, 20, 30), T, ignore_index=5, return_stats=True)  # a pad id
         assert stats["ignored"] == 1
         assert G.Config(k=None, strategy=None).k == 0
+
+
+def test_an_audit_that_cannot_be_is_one_line(tmp_path):
+    """The run's rows are too short for what is asked, or it had no canaries."""
+    cfg = G.Config("train", d_model=32, n_layer=1, vocab=300, steps=1, out=str(tmp_path))
+    with cluster.world("cpu") as w:
+        for canaries, asked, message in ((4, {"suffix": 60}, "exceed a row, --block 64"), (0, {}, "--canaries 0")):
+            G.train(replace(cfg, canaries=canaries), w)
+            with pytest.raises(BadInput, match=message):
+                G.audit_run(replace(G.Config("audit", model=str(tmp_path)), **asked), w)
 
 
 def test_bad_data_is_one_line(tmp_path):
