@@ -342,7 +342,7 @@ def default_rules(source) -> dict:
         if ndim < 2 or kind == "norm":
             continue
         matrix = ndim == 2 or kind in ("position", "patch")
-        if kind == "gate" and name.split(".")[-2] == "gate" and shape[0] < shape[1]:
+        if kind == "gate" and name.endswith(".gate.weight") and shape[0] < shape[1]:
             matrix = False  # a router over experts, not a gate of the MLP
         if kind == "qkv" and matrix:
             third = ((shape[0] // 3, (1,)), (shape[0] // 3, (1,)), (shape[0] // 3, (0,)))

@@ -233,6 +233,7 @@ def test_default_rules_of_odd_models():
     }  # fmt: skip
     with pytest.warns(UserWarning, match=r"2 unknown names.*layer1.0.conv1.weight"):
         default_rules(shape(layer1__0__conv1__weight=(8, 8, 3, 3), mlp__gate__weight=(3, 4)))
+    assert default_rules(shape(w1=(6, 4), w2=(4, 6))) == {"w1": (0,), "w2": (0,)}  # parameters without a module
     model = nn.Sequential(nn.Embedding(10, 4), nn.LayerNorm(4))
     assert default_rules(model) == {"0.weight": (1,), "1.weight": None, "1.bias": None}
     assert SlimAdamW(nn.ModuleDict({"e": nn.Embedding(10, 4)}), rules={"e.weight": "fan_out"}).rules() == {
