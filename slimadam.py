@@ -438,8 +438,10 @@ def match_rules(rules: dict, named: list[tuple[str, Tensor]], strict: bool, comp
     complete=False allows rules for tensors that are not there (a group added later).
     """
     known, used, out, missing = {clean(k): r for k, r in rules.items()}, set(), [], []
+    stars = {k: re.compile(re.escape(k).replace(r"\*", r"\d+")) for k in known if "*" in k.split(".")}
     for name, _ in named:
-        key = next((k for k in (clean(name), _star(clean(name))) if k in known), None)
+        fits = (k for k, pattern in stars.items() if pattern.fullmatch(clean(name)))
+        key = clean(name) if clean(name) in known else next(fits, None)
         used.add(key)
         out.append(known.get(key))
         if key is None:

@@ -261,6 +261,9 @@ def test_rules_files(tmp_path):
     star = {slimadam._star(n): r for n, r in default_rules(model).items()}
     save_rules(star, tmp_path / "s.json")
     assert SlimAdamW(model, rules=str(tmp_path / "s.json")).rules() == default_rules(model)
+    named = [(n, nn.Parameter(torch.ones(2, 2))) for n in ("h.0.mlp.0.w", "h.1.mlp.0.w", "h.1.mlp.2.w")]
+    some = SlimAdamW(named, rules={"h.*.mlp.0.w": (0,), "h.1.mlp.2.w": (1,)})  # a star beside a number that is meant
+    assert some.rules() == {"h.0.mlp.0.w": (0,), "h.1.mlp.0.w": (0,), "h.1.mlp.2.w": (1,)}
     wrapped = nn.Module()
     wrapped.module = torch.compile(model, backend="eager")
     assert SlimAdamW(wrapped).rules() == default_rules(model)
