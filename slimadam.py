@@ -839,20 +839,21 @@ class SlimAdamW(torch.optim.Optimizer):
                 index, name, group, state, p, p_[rows], m_[rows], v, K, math.prod(block[d] for d in K), groups_of(K),
                 tuple(g for g, _ in shards), rows, part, shape, tuple(start), top == 0, decays,
             )  # fmt: skip
-            if self._wants_triton(p):
-                piece.mode = self._triton_mode(piece)
             pieces.append(piece)
             top += n
+        if self._wants_triton(p) and all(self._triton_takes(x) for x in pieces):  # one path for all of a tensor's step
+            for x in pieces:
+                x.mode = _matrix(tuple(x.p.shape), x.K)[0]
         return pieces
 
-    def _triton_mode(self, x: Piece) -> int:
-        """How the Triton step sees a piece, -1 if only the torch path can take it."""
+    @staticmethod
+    def _triton_takes(x: Piece) -> bool:
+        """False if only the torch path can move the piece. The same on every rank."""
         mode = _matrix(tuple(x.p.shape), x.K)[0]
         whole = all(t.is_contiguous() for t in (x.p, x.m, x.v)) and x.v.dtype == torch.float32
-        alone = not x.groups or (mode in (kernels.COL, kernels.SCALAR) and x.v.numel() == x.v[x.part].numel())
-        first_axis = tuple(x.p.shape[1:]) == x.shape[1:]  # a piece of whole rows lies in one run of places
-        takes = whole and alone and first_axis and {x.p.dtype, x.m.dtype} <= TRITON_DTYPES
-        return mode if takes else -1
+        summed = not x.groups or mode in (kernels.COL, kernels.SCALAR)
+        rows = not isinstance(x.param, DTensor) or all(d == 0 for _, d in _shards(x.param))  # then in one run of places
+        return mode >= 0 and whole and summed and rows and {x.p.dtype, x.m.dtype} <= TRITON_DTYPES
 
     def _collect(self) -> list[Piece]:
         """The pieces to move, with their gradients; rebuilt only when tensors come, go or move."""

@@ -593,6 +593,20 @@ def test_triton_step_equals_torch(dtype, kw, monkeypatch):
             assert (P[n] == Q[n]).float().mean() > 0.98
 
 
+@pytest.mark.skipif(not slimadam.kernels.available(), reason="needs Triton")
+def test_triton_takes_all_blocks_of_a_tensor_or_none():
+    device, results = "cuda" if torch.cuda.is_available() else "cpu", []
+    rules = {"w": ((3, (1,)), (3, (0,)))}  # an axis in the middle: Triton cannot; the second block alone it could
+    for fused in (False, True):
+        w = nn.Parameter(torch.ones(6, 4, 3, device=device))
+        optimizer = SlimAdamW([("w", w)], rules=rules, fused=fused)
+        for t in range(2):
+            w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(t)).to(device)
+            optimizer.step()
+        results.append(w.detach())
+    close(*results, 1e-7)
+
+
 def test_fused_needs_triton_and_a_gpu(monkeypatch):
     monkeypatch.setattr(slimadam.kernels, "runs_on", lambda device: False)
     with pytest.raises(ValueError, match="fused=True"):
