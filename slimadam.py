@@ -913,7 +913,7 @@ class SlimAdamW(torch.optim.Optimizer):
                 norms.append((torch.zeros(2, dtype=x.v.dtype, device=x.p.device), x.shards))
         summed = _exchange(parts + norms)
         totals = summed[len(parts) :]
-        clip, skip = self._judge([t.to(device) for t in totals], device)
+        clip, skip = self.last_clip, self.last_skip = self._judge([t.to(device) for t in totals], device)
         for e, sums in zip(engines, summed, strict=False):
             e.apply(sums, skip, clip, slim)
         of = {id(x): s for x, s in zip((x for x in plain if x.groups), summed[len(engines) :], strict=False)}
@@ -1163,7 +1163,7 @@ class SNRTracker:
         self.early_every, self.early_until, self.late_every = early_every, early_until, late_every
         self.steps, self.values, self.sample = [], {}, {}  # values: {name: {K: one SNR per measurement}}
         if lines:
-            optimizer.register_step_pre_hook(lambda *_: self._observe())
+            optimizer.register_step_post_hook(lambda *_: self._observe())  # after a closure, and with the clip factor
 
     def should_measure(self, step: int) -> bool:
         every = self.early_every if step < self.early_until else self.late_every
@@ -1171,13 +1171,15 @@ class SNRTracker:
 
     @torch.no_grad()
     def _observe(self) -> None:
-        """Advance the sampled v by the gradients about to be used."""
+        """Advance the sampled v by the gradients just used, as the step clipped or skipped them."""
+        if self.optimizer._slim["nonfinite"] == "skip" and bool(self.optimizer.last_skip):
+            return
         for index, (group, _, name, p, _) in enumerate(self.optimizer._named()):
             if p.grad is None or p.ndim < 2:
                 continue
             if isinstance(p, DTensor):
                 raise RuntimeError(f"{name} is sharded: sampled SNR needs whole gradients. Measure with lines=None.")
-            g = p.grad.flatten(1).float()  # (n, rest)
+            g = p.grad.flatten(1).float() * self.optimizer.last_clip.to(p.device)  # (n, rest)
             if name not in self.sample:
                 pick = cluster.generator(self.seed, index)
                 rows, cols = (torch.randperm(n, generator=pick)[: self.lines].to(g.device) for n in g.shape)

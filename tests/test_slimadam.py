@@ -191,6 +191,19 @@ def test_tracker(tmp_path):
     optimizer.compress_("default")
     with pytest.raises(RuntimeError, match="undefined"):
         tracker.measure(3)
+    clipped = SlimAdamW(model, rules="adam", max_grad_norm=0.5, nonfinite="skip")
+    one, two = SNRTracker(clipped), SNRTracker(clipped, lines=1000)
+    for size in (0.001, 1.0, math.nan, 10.0):  # clipped or not, one left out: the sample follows the v of the optimizer
+        g = torch.Generator().manual_seed(7)
+
+        def closure(size=size, g=g):
+            for p in model.parameters():
+                p.grad = size * torch.randn(p.shape, generator=g)
+
+        clipped.step(closure)
+    one, two = one.measure(4), two.measure(4)
+    for name in two:
+        np.testing.assert_allclose(list(two[name].values()), [one[name][K] for K in two[name]], rtol=1e-4)
     few = SNRTracker(SlimAdamW(model), lines=4)  # beside compressed state
     train(model, few.optimizer, 1)
     assert few.measure(1)["wte.weight"][(1,)] > 0 and few.sample["wte.weight"][2].shape == (4, 16)
