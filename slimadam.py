@@ -107,20 +107,13 @@ class Config:
     def __post_init__(self):
         if self.static and self.rules != "default":
             raise ValueError(f"--static asks for the table by layer type, --rules {self.rules} for another. Drop one.")
-        for name in (
-            "block",
-            "d_model",
-            "n_layer",
-            "n_head",
-            "batch",
-            "accum",
-            "steps",
-            "every",
-            "workers",
-            "log_every",
-        ):
+        for name in "block d_model n_layer n_head batch accum steps every seeds workers log_every".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.lines < 0 or (self.lines and self.parallel == "fsdp"):
+            raise ValueError(
+                f"--lines {self.lines}: samples whole gradients; give 0 or more, and --parallel ddp with it"
+            )
         if self.d_model % self.n_head:
             raise ValueError(f"--d-model {self.d_model} is not a multiple of --n-head {self.n_head}")
         if not 0 <= self.burn_in < 1:
@@ -590,7 +583,7 @@ class SlimAdamW(torch.optim.Optimizer):
         if nonfinite not in ("propagate", "skip", "raise"):
             raise ValueError(f"nonfinite {nonfinite!r}: choose propagate, skip or raise")
         if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be above 0 or None, got {max_grad_norm}")
+            raise BadInput(f"max_grad_norm must be above 0 or None, got {max_grad_norm}")
         if not state_dtype.is_floating_point:
             raise ValueError(f"state_dtype must be a floating type, got {state_dtype}")
         if isinstance(rules, (str, Path)) and rules not in SETS:
@@ -1109,9 +1102,9 @@ def _check_numbers(group: dict) -> None:
              "weight_decay": (group["weight_decay"], ">= 0")}  # fmt: skip
     for name, (value, text) in tests.items():
         if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be {text} and finite, got {value}")
+            raise BadInput(f"{name} must be {text} and finite, got {value}")
     if len(betas) != 2 or not all(0 <= float(b) < 1 for b in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {group['betas']}")
+        raise BadInput(f"betas must be two numbers in [0, 1), got {group['betas']}")
 
 
 def _check_tensor(name: str, p: Tensor) -> None:
@@ -1339,6 +1332,8 @@ class Text:
 
     def __init__(self, cfg: Config, encode=None):
         text = corpus(cfg.data)[: cfg.chars or None]
+        if encode is None and cfg.vocab < 256:
+            raise BadInput(f"--vocab {cfg.vocab} is too small for text as bytes: give 256 or more")
         if encode is None and cfg.vocab > 256:
             encode = Tokenizer.train(text, cfg.vocab).encode
         raw = text.encode("utf-8", errors="surrogatepass")
@@ -1666,9 +1661,9 @@ class Trainer:
 
 # settings that change the numbers of a run; a checkpoint goes on only under the same ones
 FIXED = (
-    "rules", "lr", "warmup", "weight_decay", "clip", "weights", "data", "vocab", "block", "d_model", "n_layer",
-    "n_head", "tied", "model", "steps", "batch", "seed", "dtype",
-)  # fmt: skip
+    "rules lr warmup weight_decay clip weights data chars vocab block d_model n_layer n_head tied model steps batch "
+    "seed dtype"
+).split()
 
 
 def check_resume(cfg: Config) -> None:

@@ -766,6 +766,8 @@ def test_train_resumes_bit_exactly_and_fsdp_agrees(tmp_path):
     assert script("train", tmp_path / "parts", resume=True)["val_loss"] == whole_loss
     with pytest.raises(cli.BadInput, match="--weight-decay 0.1, this run asks for --weight-decay 0.5"):
         script("train", tmp_path / "whole", resume=True, weight_decay=0.5)
+    with pytest.raises(cli.BadInput, match="--chars 200000, this run asks for --chars 100000"):
+        script("train", tmp_path / "whole", resume=True, chars=100000)
     flags = [f"--{n.replace('_', '-')}={v}" for n, v in TINY.items()]
     argv = ("slimadam.py", "train", *flags, "--save-every", "5", "--parallel", "fsdp", "--out", str(tmp_path / "fsdp"))
     done = finish(start_ranks(2, *argv), timeout=300)
@@ -788,7 +790,11 @@ def test_derive_then_train(tmp_path, capsys):
         script("train", tmp_path / "bad", batch=3, accum=2)
     with pytest.raises(cli.BadInput, match="too small"):
         script("train", tmp_path / "bad", chars=3000)
-    for argv in (["--static", "--rules", "x.json"], ["--burn-in", "2"], ["--n-head", "3"]):
+    for wrong, text in (({"lr": -1.0}, "lr must be"), ({"clip": -1.0}, "max_grad"), ({"vocab": 100}, "--vocab 100")):
+        with pytest.raises(cli.BadInput, match=text):  # one line and no traceback
+            script("train", tmp_path / "bad", **wrong)
+    for argv in (["--static", "--rules", "x.json"], ["--burn-in", "2"], ["--n-head", "3"], ["--seeds", "0"],
+                 ["derive", "--lines", "-1"], ["derive", "--lines", "8", "--parallel", "fsdp"]):  # fmt: skip
         with pytest.raises(SystemExit):
             cli.parse(slimadam.Config, argv, slimadam.PRESETS)
     assert "Drop one" in capsys.readouterr().err
