@@ -91,7 +91,9 @@ class Config:
     norm: str = opt("pre", "RMSNorm before each part, or the published LayerNorm after it", choices=("pre", "post"))
     injection: str = opt("layer", "where the embedded input enters again", choices=INJECTIONS)
     logit_scale: str = opt("log", "of attention: none, or the logarithm of the context", choices=("none", "log"))
-    state_init: str = opt("zero", "first state of the loop; noise is the published one", choices=("zero", "noise"))
+    state_init: str = opt(
+        "zero", "state that training loops start at; noise is the published one", choices=("zero", "noise")
+    )
     # training
     steps: int = opt(850, "optimizer steps")
     batch: int = opt(96, "examples per step, over all processes and buckets")
@@ -407,7 +409,8 @@ class ArithmeticTransformer(nn.Module):
             raise ValueError(f"recurrences must be at least 1, got {R}, and no_grad_recurrences at least 0")
         _check_ids(ids)
         e = self.embed(ids, offset)  # (B, T, C)
-        x = torch.randn_like(e) * 0.02 if self.cfg.state_init == "noise" else torch.zeros_like(e)
+        noisy = self.training and self.cfg.state_init == "noise"  # in eval mode decoding stays deterministic
+        x = torch.randn_like(e) * 0.02 if noisy else torch.zeros_like(e)
         x = e if how == "none" else x + e if how == "first" else x
         for r in range(no_grad_recurrences + R):
             with torch.set_grad_enabled(torch.is_grad_enabled() and r >= no_grad_recurrences):

@@ -256,6 +256,13 @@ def test_loop_and_injection(injection, norm):
     assert not torch.allclose(some, model.layers[1].qkv.weight.grad)
 
 
+def test_noise_starts_the_loop_in_training_alone():
+    """The released code has noise in testing too, so greedy decoding changes from call to call."""
+    model, ids = A.ArithmeticTransformer(tiny(state_init="noise")), A.encode("12+345=753")[None]
+    assert not torch.equal(model(ids, offset=1), model(ids, offset=1))
+    assert torch.equal(model.eval()(ids), model(ids))
+
+
 @pytest.mark.parametrize("pos", ["abacus", "learned", "nope", "rope", "fire", "abacus+fire", "abacus+rope"])
 def test_causal_and_padding_is_harmless(pos):
     model = A.ArithmeticTransformer(tiny(pos=pos)).eval()
