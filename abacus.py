@@ -46,7 +46,7 @@ import math
 import string
 import time
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -146,11 +146,14 @@ class Config:
             raise ValueError(f"--n-head {self.n_head} does not divide --d-model {self.d_model}; {', '.join(fit)} do")
         if "rope" in kinds and self.d_model // self.n_head % 2:
             raise ValueError(f"--pos rope turns pairs: --d-model / --n-head is {self.d_model // self.n_head}, not even")
-        for name, allowed in (("task", TASKS), ("injection", INJECTIONS), ("norm", ("pre", "post"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose from {', '.join(allowed)}")
+        for f in fields(self):
+            if f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"]:
+                allowed = ", ".join(f.metadata["choices"])
+                raise ValueError(f"unknown {f.name} {getattr(self, f.name)!r}; choose from {allowed}")
         if not 0 <= self.cooldown <= 1 or not 0 <= self.alpha <= 1:
             raise ValueError("--cooldown and --alpha are parts of a whole, between 0 and 1")
+        if min(self.short, self.grow, *(n - 1 for n in self.lengths + self.probe)) < 0:
+            raise ValueError("--short and --grow must be at least 0, --lengths and --probe at least 1")
 
 
 PRESETS = {
@@ -395,7 +398,7 @@ class ArithmeticTransformer(nn.Module):
             e = e + self.abacus(ids, offset)
         if hasattr(self, "learned"):
             if ids.shape[1] > self.cfg.max_positions:
-                raise ValueError(f"{ids.shape[1]} tokens exceed the {self.cfg.max_positions} learned positions")
+                raise BadInput(f"{ids.shape[1]} tokens exceed the {self.cfg.max_positions} learned positions")
             e = e + self.learned.weight[: ids.shape[1]]
         return self.norm_in(e)
 
@@ -624,7 +627,7 @@ def _sort(cells: Tensor, generator, device) -> list:
     """Labelled numbers, then their labels in order of value, ties as they came: i elements of up to j digits."""
     m, n = cells.max(dim=0).values.tolist() if len(cells) else (1, 1)
     if m > len(LABELS):
-        raise ValueError(f"{m} elements need as many labels, there are {len(LABELS)}")
+        raise BadInput(f"{m} elements need as many labels, there are {len(LABELS)}")
     i, j = cells.to(device).unbind(dim=1)
     u = torch.rand(len(i), m + 1, generator=generator, device=_home(generator)).to(device)
     size = (u[:, 1:] * j[:, None]).long() + 1  # (B, m): digits of each element
@@ -944,6 +947,7 @@ def train(cfg: Config, resume: str | None = None) -> list[dict]:
                 check_resume(state, c)
             elif w.main:
                 cluster.set_aside(path)
+                cluster.set_aside(f"{folder}/best.pt")
             run = report.Run(folder, c, w, state["step"] if state else 0)
             trainer = Trainer(c, w, state).run(run, f"seed {seed}", folder)
             found.append({"seed": seed, "step": trainer.step, **trainer.probe(cfg.probe, cfg.per_length)})

@@ -472,6 +472,10 @@ def test_sigterm_and_time_limit(tmp_path, capsys):
     assert f"stopped after step {at + 1} of {at + 3}" in said and f"stopped after step 1 of {at + 3}" in said
     assert all(word in said for word in ("seed 0", "seed 1", "mean", "minimum", "best"))
     assert cluster.load(tmp_path / "seed1" / "checkpoint.pt")["step"] == 1
+    best = tmp_path / "seed1" / "best.pt"
+    cluster.save(best, {"of": "an earlier run"})
+    A.train(A.Config("train", **dict(long, seed=1), minutes=1e-9))  # a fresh run, which ends before its first probe
+    assert not best.exists() and Path(f"{best}.old").exists()
 
 
 def test_steps_may_change_while_the_rate_is_flat():
@@ -540,12 +544,15 @@ OVERFLOW = "digit span of 40 tokens with offset 16 needs row 55 but the table ha
         (lambda: A.Config(injection="once"), ValueError, "none, first, recurrence, layer"),
         (lambda: A.Config(pos="rope", d_model=18), ValueError, "rope turns pairs"),
         (lambda: A.Config(cooldown=2.0), ValueError, "between 0 and 1"),
+        (lambda: A.Config(loss="half"), ValueError, "unknown loss 'half'; choose from full, prog"),
+        (lambda: A.Config(grow=-1), ValueError, "--grow must be at least 0"),
+        (lambda: A.Config(probe=(3, 0)), ValueError, "--probe at least 1"),
         (lambda: A.AbacusEmbedding(A.DIGITS, 4, offset_per="token"), ValueError, "batch or sample, got 'token'"),
         (lambda: A.make_batch("div", 3), ValueError, "'div'; choose from add, sub, mul, or, sort"),
         (lambda: A.make_batch("add", 3, 0), ValueError, "lengths must be"),
         (lambda: A.make_batch("add", 3, (4, 2)), ValueError, "lengths must be"),
-        (lambda: A.make_batch("sort", 3, [(60, 2)]), ValueError, "60 elements need as many labels, there are 51"),
-        (lambda: A.ArithmeticTransformer(tiny(pos="learned", max_positions=4))(ids), ValueError, "5 tokens exceed"),
+        (lambda: A.make_batch("sort", 3, [(60, 2)]), BadInput, "60 elements need as many labels, there are 51"),
+        (lambda: A.ArithmeticTransformer(tiny(pos="learned", max_positions=4))(ids), BadInput, "5 tokens exceed"),
     ],
 )  # fmt: skip
 def test_bad_input(call, error, message):
