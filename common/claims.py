@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("names", nargs="*", metavar="script", help=f"of {', '.join(scripts())}; all by default")
     parser.add_argument("--write", action="store_true", help="refresh docs/claims.md, README.md and docs/*.png")
-    parser.add_argument("--limit", type=float, default=600, help="seconds that one demo may take (default: 600)")
+    parser.add_argument("--limit", type=float, default=900, help="seconds that one demo may take (default: 900)")
     args = parser.parse_args(argv)
     names = [n.removesuffix(".py") for n in args.names] or scripts()
     if unknown := sorted(set(names) - set(scripts())):
