@@ -21,13 +21,13 @@ Differs  A Llama-style model of 0.5 M parameters and rows of 64 tokens of Python
     python goldfish.py demo --runs ordinary k=4 k=4,strategy=mix k=4,window=context,h=4 k=4,noise=0.01    # ablations
     python goldfish.py train --k 4 --data FILE                      # one run on your text, audited at its end
     python goldfish.py train --preset h200                          # 91 M parameters on one GPU (not yet run)
-    torchrun --nproc-per-node 8 goldfish.py train --preset 1b --data FILE  # the paper's scale
+    torchrun --nproc-per-node 8 goldfish.py train --preset 1b --accum 16 --data FILE   # the paper's scale; not run
     python goldfish.py audit                                        # the model that `train` left, with beam search
     python goldfish.py audit --model smollm2 --data FILE            # a real pretrained model
     python goldfish.py bench                                        # the loss against what PyTorch offers
 
 Expect   "ordinary recites 1.00 of the canaries, k=4 0.00, k=3 0.00" on CPU with seed 0, for 1 or 2 processes.
-Writes   results/goldfish/: metrics.jsonl, claim.json, goldfish.png; checkpoint.pt (train), audit.json (audit).
+Writes   results/goldfish/: metrics.jsonl, claim.json, goldfish.png; checkpoint.pt (train), audit.json, bench.json.
 """
 
 import contextlib
@@ -98,9 +98,7 @@ class Config:
     save_every: int = opt(100, "steps between checkpoints; 0 writes only the last")
     log_every: int = opt(10, "steps between lines in metrics.jsonl")
     # demo and audit
-    runs: tuple = opt(
-        ("ordinary", "k=8", "k=4", "k=3", "control", "random", "near-duplicates"), "demo: the table's rows"
-    )
+    runs: tuple = opt(("ordinary", "k=8", "k=4", "k=3", "control", "random", "near-duplicates"), "demo: its rows")
     model: str = opt("results/goldfish", "audit: a run's folder, a Hugging Face folder, a GGUF file, or smollm2")
     nonmembers: tuple = opt(("none",), "audit: text files surely not trained on, to judge membership against")
     rows: int = opt(8, "audit: windows taken from each text file")
@@ -115,25 +113,8 @@ class Config:
             self.k, self.strategy = 0, "hash"
         if self.k != 0:
             _check_k(self.k)
-        learns, least = (
-            self.mode in ("demo", "train"),
-            dict.fromkeys(
-                (
-                    "h",
-                    "block",
-                    "batch",
-                    "accum",
-                    "steps",
-                    "prefix",
-                    "suffix",
-                    "log_every",
-                    "rows",
-                    "d_model",
-                    "n_layer",
-                    "n_head",
-                ),
-                1,
-            ),
+        least = dict.fromkeys(
+            "h block batch accum steps prefix suffix log_every rows d_model n_layer n_head".split(), 1
         )
         least |= {"canaries": int(self.mode == "demo"), "supervised_tokens": 0, "save_every": 0}
         for name, low in least.items():
@@ -145,7 +126,7 @@ class Config:
             raise BadInput("--noise and --canary-share are parts of a whole, between 0 and 1")
         if min(self.beams) < 1:
             raise BadInput(f"--beams must be at least 1, got {min(self.beams)}")
-        if learns and self.canaries and self.prefix + self.suffix > self.block + 1:
+        if self.mode in ("demo", "train") and self.canaries and self.prefix + self.suffix > self.block + 1:
             raise BadInput(f"--prefix {self.prefix} + --suffix {self.suffix} exceed a row, --block {self.block} + 1")
         if self.strategy == "hash" and self.k and self.vocab == 256 and self.h > 10:
             warnings.warn(f"hash over bytes with h = {self.h} > 10 overflows often; use --strategy mix", stacklevel=3)
@@ -154,8 +135,8 @@ class Config:
 PRESETS = {
     "laptop": {},
     "h200": {
-        "data": ("sources",), "vocab": 8192, "block": 1024, "d_model": 768, "n_layer": 12, "n_head": 12,
-        "batch": 128, "steps": 380, "lr": 1e-3, "canaries": 200, "canary_share": 0.205, "prefix": 512, "suffix": 512,
+        "data": ("sources",), "vocab": 8192, "block": 1024, "d_model": 768, "n_layer": 12, "n_head": 12, "batch": 128,
+        "accum": 4, "steps": 380, "lr": 1e-3, "canaries": 200, "canary_share": 0.205, "prefix": 512, "suffix": 512,
         "dtype": "bfloat16",
     },
     "1b": {  # the paper's optimizer settings and sizes; bring your own text
@@ -173,11 +154,8 @@ PRESETS = {
 #
 # L_G = -(1 / |G|) sum_i G_i log P(x_i | x_<i),   |G| = sum_i G_i                                 (the goldfish loss)
 
-TABLE_SIZE = kernels.TABLE  # M, a prime
-TABLE_SEED = 2971215073
+TABLE_SIZE, TABLE_SEED = 1_000_003, 2971215073  # M and its seed, both prime
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # A of the mix hash, as int64
-
-
 _TABLES: dict[str, Tensor] = {}  # by device
 
 
@@ -187,9 +165,8 @@ def hash_table(device: str | torch.device = "cpu") -> Tensor:
     The released 1B models were trained with a table drawn on a GPU, by another algorithm: their masks are not these.
     """
     if str(device) not in _TABLES:
-        _TABLES[str(device)] = torch.rand(
-            TABLE_SIZE, generator=torch.Generator().manual_seed(TABLE_SEED), device="cpu"
-        ).to(device)
+        g = torch.Generator().manual_seed(TABLE_SEED)
+        _TABLES[str(device)] = torch.rand(TABLE_SIZE, generator=g, device="cpu").to(device)
     return _TABLES[str(device)]
 
 
@@ -204,10 +181,9 @@ def _window(ids: Tensor, h: int, strategy: str, doc_ids: Tensor | None) -> tuple
     value: their wrapped int64 product (hash, avalanche) or sum_i (x_{p-i} + 1) A^(i+1) (mix), over the tokens of the
     position's own row and document.
     """
-    L = ids.shape[1]
-    value = torch.zeros_like(ids) if strategy == "mix" else torch.ones_like(ids)
+    L, power = ids.shape[1], 1
+    value = torch.full_like(ids, 0 if strategy == "mix" else 1)
     size = torch.zeros_like(ids)
-    power = 1
     for i in range(min(h, L)):  # the token i places back, for all positions that have one
         token = ids[:, : L - i]
         same = torch.ones_like(token, dtype=torch.bool) if doc_ids is None else doc_ids[:, i:] == doc_ids[:, : L - i]
@@ -234,43 +210,42 @@ def _draw(value: Tensor, strategy: str, k: int, seed: int) -> Tensor:
     z = (~value + (value << 21)) & W
     z = (z << 21) - z - 1
     z = z ^ _shift_right(z, 24)
-    z = (z + (z << 3) + (z << 8)) & W
-    z = z * 265
+    z = ((z + (z << 3) + (z << 8)) & W) * 265
     z = z ^ _shift_right(z, 14)
-    z = (z + (z << 2) + (z << 4)) & W
-    z = z * 21
+    z = ((z + (z << 2) + (z << 4)) & W) * 21
     z = z ^ _shift_right(z, 28)
     z = (z + (z << 31)) & W
     return z.float() < torch.tensor(W / k, dtype=torch.float32, device=z.device)
 
 
+def _whole(n, least: int) -> bool:
+    return not isinstance(n, bool) and hasattr(n, "__index__") and operator.index(n) >= least
+
+
 def _check_k(k) -> None:
-    if isinstance(k, bool) or not hasattr(k, "__index__") or operator.index(k) < 2:
+    if not _whole(k, 2):
         raise ValueError(f"k must be an integer >= 2 or None, got {k!r}. On the command line 0 is ordinary training.")
 
 
 def _check_mask(targets, before, k, h, strategy, window, start, generator, strict, short_windows) -> None:
-    if k is not None:
-        _check_k(k)
-        if strategy not in STRATEGIES:
-            raise ValueError(f"unknown strategy {strategy!r}; choose from {', '.join(STRATEGIES)}")
-    if window not in WINDOWS:
-        raise ValueError(f"unknown window {window!r}; choose from {', '.join(WINDOWS)}")
-    if isinstance(h, bool) or not hasattr(h, "__index__") or operator.index(h) < 1:
-        raise ValueError(f"h must be an integer of at least 1, got {h!r}. The paper uses 13.")
-    if start < 0:
-        raise ValueError(f"start must not be negative, got {start}")
+    """Raise or warn as goldfish_mask says. before: how many tokens ahead of targets[0] are known."""
     if targets.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         raise TypeError(f"targets must be integer token ids, got {targets.dtype}. Convert them: targets.long()")
-    if targets.ndim not in (1, 2):
-        raise ValueError(f"targets must be (L,) or (B, L), got {tuple(targets.shape)}")
-    if k is None:
-        return
-    if strategy == "random" and generator is None:
-        raise ValueError(
-            "strategy 'random' needs an explicit generator; note that it does not prevent memorisation. "
-            "Pass generator=torch.Generator().manual_seed(0), or use strategy 'hash'."
-        )
+    if k is not None:
+        _check_k(k)
+    strategy = strategy if k is not None else None
+    for wrong, message in (
+        (strategy not in (None, *STRATEGIES), f"unknown strategy {strategy!r}; choose from {', '.join(STRATEGIES)}"),
+        (window not in WINDOWS, f"unknown window {window!r}; choose from {', '.join(WINDOWS)}"),
+        (not _whole(h, 1), f"h must be an integer of at least 1, got {h!r}. The paper uses 13."),
+        (start < 0, f"start must not be negative, got {start}"),
+        (targets.ndim not in (1, 2), f"targets must be (L,) or (B, L), got {tuple(targets.shape)}"),
+        (strategy == "random" and generator is None,
+         "strategy 'random' needs an explicit generator; note that it does not prevent memorisation. "
+         "Pass generator=torch.Generator().manual_seed(0), or use strategy 'hash'."),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(message)
     L = targets.shape[-1]
     if strategy in ("hash", "mix", "avalanche") and h > before + L and not short_windows:
         message = f"context width {h} exceeds sequence length {L}"
@@ -309,10 +284,8 @@ def goldfish_mask(
     """
     before = 0 if prev is None else prev.shape[-1]  # tokens ahead of targets[0]
     _check_mask(targets, before, k, h, strategy, window, start, generator, strict, short_windows)
-    given = targets
-    targets = torch.atleast_2d(targets).long()  # (B, L)
-    B, L = targets.shape
-    context = window == "context"
+    shape, targets = targets.shape, torch.atleast_2d(targets).long()  # (B, L)
+    (B, L), context = targets.shape, window == "context"
     plain = doc_ids is None and hash_map is None and prev is None and not short_windows
 
     if k is None or L == 0:
@@ -348,7 +321,7 @@ def goldfish_mask(
         drop = drop & ~torch.isin(targets, ids)
     if goldfish_rows is not None:
         drop = drop & torch.as_tensor(goldfish_rows, device=targets.device).reshape(B, 1)
-    return drop.reshape(given.shape)
+    return drop.reshape(shape)
 
 
 def goldfish_targets(
@@ -367,36 +340,21 @@ def normalizing_map(pieces: list) -> Tensor:
     """
     invisible = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
     first, out = {}, []
-    for i, piece in enumerate(pieces):
-        key = piece
-        if isinstance(piece, bytes):
-            try:
-                key = piece.decode("utf-8")
-            except UnicodeDecodeError:
-                pass  # part of a character: equal to itself alone
-        if isinstance(key, str):
-            key = unicodedata.normalize("NFKC", key).casefold().translate(invisible)
-            key = "".join(" " if c.isspace() else c for c in key)
-        out.append(first.setdefault(key, i))
+    for i, piece in enumerate(pieces):  # bytes that are part of a character become like no text, equal to themselves
+        text = piece if isinstance(piece, str) else piece.decode("utf-8", "surrogateescape")
+        text = unicodedata.normalize("NFKC", text).casefold().translate(invisible)
+        out.append(first.setdefault("".join(" " if c.isspace() else c for c in text), i))
     return torch.tensor(out, dtype=torch.long)
 
 
 # ---- the method: the loss
 
 
-def _denominator(count: Tensor, normalizer) -> Tensor | float:
-    if normalizer is None or normalizer == "batch":
-        return count.clamp(min=1)
-    if normalizer == "global":
-        return cluster.total(count).clamp(min=1) / dist.get_world_size()
-    if isinstance(normalizer, str):
-        raise ValueError(f"unknown normalizer {normalizer!r}; choose batch, global, a number or a 0-d tensor")
-    return normalizer
-
-
-def _check_loss(shape: tuple, V: int, targets: Tensor, device: torch.device, ignore_index: int) -> None:
-    if tuple(targets.shape) != tuple(shape):
-        raise ValueError(f"targets {tuple(targets.shape)} do not match the rows {tuple(shape)} of logits or hidden")
+def _supervise(like: Tensor, V: int, targets, k, h, strategy, ignore_index: int, mask_kw) -> tuple[Tensor, Tensor]:
+    """Check targets against the rows of `like` (..., L, any) -> (goldfish_targets of them, the drop mask)."""
+    rows, device = like.shape[:-1], like.device
+    if targets.shape != rows:
+        raise ValueError(f"targets {tuple(targets.shape)} do not match the rows {tuple(rows)} of logits or hidden")
     if targets.device != device:
         raise ValueError(f"targets are on {targets.device}, logits or hidden states on {device}. Move one of them.")
     ids = targets.long()  # an unsigned 156 is not -100
@@ -406,17 +364,26 @@ def _check_loss(shape: tuple, V: int, targets: Tensor, device: torch.device, ign
     elif bad.any():
         where = tuple(bad.nonzero()[0].tolist())
         raise ValueError(f"target {targets[where]} at {where} is outside [0, {V}) and not ignore_index {ignore_index}")
+    drop = goldfish_mask(targets, k, h, strategy, ignore_index=ignore_index, **mask_kw)
+    return ids.masked_fill(drop, ignore_index), drop
 
 
 def _finish(total: Tensor, masked: Tensor, drop: Tensor, ignore_index: int, normalizer, reduction, return_stats):
     """Divide by |G| and collect the counts."""
     if reduction not in ("mean", "sum"):
         raise ValueError(f"unknown reduction {reduction!r}; choose mean or sum")
+    if isinstance(normalizer, str) and normalizer not in ("batch", "global"):
+        raise ValueError(f"unknown normalizer {normalizer!r}; choose batch, global, a number or a 0-d tensor")
     supervised, dropped = (masked != ignore_index).sum(), drop.sum()
-    loss = total if reduction == "sum" else total / _denominator(supervised, normalizer)
+    if reduction == "mean":
+        if normalizer is None or normalizer == "batch":
+            normalizer = supervised.clamp(min=1)
+        elif normalizer == "global":
+            normalizer = cluster.total(supervised).clamp(min=1) / dist.get_world_size()
+        total = total / normalizer
     if not return_stats:
-        return loss
-    return loss, {"supervised": supervised, "dropped": dropped, "ignored": masked.numel() - supervised - dropped}
+        return total
+    return total, {"supervised": supervised, "dropped": dropped, "ignored": masked.numel() - supervised - dropped}
 
 
 def goldfish_loss(
@@ -437,16 +404,15 @@ def goldfish_loss(
     V = logits.shape[-1]
     if V > 2**31 - 1:
         raise ValueError(f"a vocabulary of {V} exceeds 2^31 - 1. Use goldfish_linear_loss, which never builds N x V.")
-    _check_loss(logits.shape[:-1], V, targets, logits.device, ignore_index)
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"unknown impl {impl!r}; choose auto, torch or triton")
-    if impl == "auto":
-        fits = logits.is_cuda and kernels.available() and logits.dtype != torch.float64
-        impl = "triton" if fits else "torch"
-    drop = goldfish_mask(targets, k, h, strategy, ignore_index=ignore_index, **mask_kw)
-    masked = targets.long().masked_fill(drop, ignore_index)
-    if impl == "triton":
-        total = _masked_sum_triton(logits, masked, drop, ignore_index)
+    fits = kernels.available() and logits.dtype != torch.float64
+    if impl == "triton" and not fits:
+        raise ValueError(f"impl='triton' needs Triton and logits below float64, got {logits.dtype}. Use impl='torch'.")
+    masked, drop = _supervise(logits, V, targets, k, h, strategy, ignore_index, mask_kw)
+    if impl == "triton" or (impl == "auto" and fits and logits.is_cuda):
+        rows = (logits if logits.stride(-1) == 1 else logits.contiguous()).reshape(-1, V)  # (N, V)
+        total = kernels.MaskedCrossEntropy.apply(rows, masked.reshape(-1), drop.reshape(-1), ignore_index)
     else:
         keep = masked != ignore_index
         rows = logits[keep]  # (n, V); dropped rows, NaN or not, never enter
@@ -455,25 +421,18 @@ def goldfish_loss(
     return _finish(total, masked, drop, ignore_index, normalizer, reduction, return_stats)
 
 
-def _masked_sum_triton(logits: Tensor, masked: Tensor, drop: Tensor, ignore_index: int) -> Tensor:
-    if logits.dtype == torch.float64 or not kernels.available():
-        raise ValueError(f"impl='triton' needs Triton and logits below float64, got {logits.dtype}. Use impl='torch'.")
-    if logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    rows = logits.reshape(-1, logits.shape[-1])  # (N, V)
-    return kernels.MaskedCrossEntropy.apply(rows, masked.reshape(-1), drop.reshape(-1), ignore_index)
-
-
 def _nll_grad_(logits: Tensor, y: Tensor) -> Tensor:
     """Summed -log softmax(logits)[y] over rows (C, V); the logits become softmax - onehot, with no second (C, V)."""
     if logits.is_cuda and kernels.available() and logits.dtype != torch.float64:
         return kernels.nll_grad_triton_(logits, y)
-    logits -= logits.amax(dim=-1, keepdim=True)
-    x_y = logits.gather(-1, y[:, None])  # (C, 1)
-    s = logits.exp_().sum(dim=-1, keepdim=True)  # (C, 1)
-    logits /= s
-    logits.scatter_add_(-1, y[:, None], torch.full_like(x_y, -1.0))
-    return (s.log() - x_y).sum()
+    z = logits if logits.dtype == torch.float64 else logits.float()  # a copy of halves alone
+    z -= z.amax(dim=-1, keepdim=True)
+    z_y = z.gather(-1, y[:, None])  # (C, 1)
+    s = z.exp_().sum(dim=-1, keepdim=True)  # (C, 1)
+    z /= s
+    z.scatter_add_(-1, y[:, None], torch.full_like(z_y, -1.0))
+    logits.copy_(z)  # onto itself, or rounded to half
+    return (s.log() - z_y).sum()
 
 
 class _LinearSum(torch.autograd.Function):
@@ -483,32 +442,24 @@ class _LinearSum(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets, chunk):
         """Sum over all n rows, 0-d, in fp32 (fp64 for fp64); one (chunk, V) scratch serves all chunks."""
         acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        want_h, want_w, want_b = ctx.needs_input_grad[:3]
-        total = torch.zeros((), dtype=acc, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if want_h else None
-        d_weight = torch.zeros_like(weight, dtype=acc) if want_w else None
-        d_bias = torch.zeros_like(bias, dtype=acc) if want_b else None
-        half = hidden.dtype != acc
+        leaves, total = (hidden, weight, bias), torch.zeros((), dtype=acc, device=hidden.device)
+        wanted = zip(leaves, ctx.needs_input_grad, strict=False)
+        grads = [torch.zeros_like(t, dtype=acc) if want else None for t, want in wanted]
+        d_hidden, d_weight, d_bias = grads
         scratch = hidden.new_empty(min(chunk, len(hidden)), weight.shape[0])  # (C, V): all there ever is of N x V
         for first in range(0, len(hidden), chunk):
-            h_c, y_c = hidden[first : first + chunk], targets[first : first + chunk]  # (C, D), (C,)
-            g = torch.mm(h_c, weight.T, out=scratch[: len(h_c)])  # (C, V)
+            part = slice(first, first + chunk)
+            g = torch.mm(hidden[part], weight.T, out=scratch[: len(hidden[part])])  # (C, V)
             if bias is not None:
                 g += bias
-            if half and not g.is_cuda:  # without the kernel, softmax in fp32 needs a copy
-                wide = g.float()
-                total += _nll_grad_(wide, y_c)
-                g.copy_(wide)
-            else:
-                total += _nll_grad_(g, y_c)  # g is now d total / d logits
-            if want_h:
-                torch.mm(g, weight, out=d_hidden[first : first + chunk])
-            if want_w:
-                d_weight.add_(g.T @ h_c) if half else d_weight.addmm_(g.T, h_c)
-            if want_b:
+            total += _nll_grad_(g, targets[part])  # g is now d total / d logits
+            if d_hidden is not None:
+                d_hidden[part] = g @ weight  # (C, D)
+            if d_weight is not None:  # (V, D)
+                d_weight.addmm_(g.T, hidden[part]) if g.dtype == acc else d_weight.add_(g.T @ hidden[part])
+            if d_bias is not None:
                 d_bias += g.sum(dim=0, dtype=acc)
-        cast = lambda d, like: None if d is None else d.to(like.dtype)
-        ctx.save_for_backward(d_hidden, cast(d_weight, weight), cast(d_bias, bias))
+        ctx.save_for_backward(*(d if d is None else d.to(t.dtype) for d, t in zip(grads, leaves, strict=True)))
         return total
 
     @staticmethod
@@ -529,14 +480,10 @@ def goldfish_linear_loss(
     scratch. Arguments, result and errors otherwise as goldfish_loss; ValueError also for a width that disagrees.
     """
     if hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} differ in their last dimension"
-        )
+        raise ValueError(f"the last dimensions of hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} differ")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 row, got {chunk}")
-    _check_loss(hidden.shape[:-1], weight.shape[0], targets, hidden.device, ignore_index)
-    drop = goldfish_mask(targets, k, h, strategy, ignore_index=ignore_index, **mask_kw)
-    masked = targets.long().masked_fill(drop, ignore_index)
+    masked, drop = _supervise(hidden, weight.shape[0], targets, k, h, strategy, ignore_index, mask_kw)
     keep = masked != ignore_index
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # as F.linear would
@@ -548,26 +495,6 @@ def goldfish_linear_loss(
 # ---- the audit: what can be extracted, and who was a member
 
 
-class _Decoder:
-    """A growing batch of sequences; keeps the model's key/value cache if the model takes one, else re-reads them."""
-
-    def __init__(self, model, ids: Tensor):
-        self.model, self.ids, self.new = model, ids, ids
-        self.cache = {} if getattr(model, "uses_cache", False) else None
-
-    def log_probs(self) -> Tensor:
-        """Of the next token, (B, V)."""
-        logits = self.model(self.ids) if self.cache is None else self.model(self.new, self.cache)  # (B, T, V)
-        return logits[:, -1].float().log_softmax(dim=-1)
-
-    def extend(self, parent: Tensor, token: Tensor) -> None:
-        """Sequence i becomes the old sequence parent[i] and token[i]."""
-        self.new = token[:, None]
-        self.ids = torch.cat([self.ids[parent], self.new], dim=1)
-        if self.cache is not None:
-            self.cache = {i: (k[parent], v[parent]) for i, (k, v) in self.cache.items()}
-
-
 @torch.no_grad()
 def extract(model, rows: Tensor, n_prefix: int, n_suffix: int, beams: int = 1, mask: Tensor | None = None) -> Tensor:
     """Continue the first n_prefix tokens of rows (B, >= n_prefix) -> (B, n_suffix), or (B, beams, n_suffix) best first.
@@ -577,15 +504,15 @@ def extract(model, rows: Tensor, n_prefix: int, n_suffix: int, beams: int = 1, m
     greedy at kept targets, the 8 likeliest tokens at dropped ones. ValueError: lengths that do not fit.
     """
     if min(n_prefix, n_suffix, beams) < 1 or rows.shape[1] < n_prefix:
-        raise ValueError(
-            f"cannot give {n_prefix} tokens of rows {tuple(rows.shape)}, ask {n_suffix}, with {beams} beams"
-        )
+        raise ValueError(f"cannot give {n_prefix} tokens of rows {tuple(rows.shape)}, ask {n_suffix}, by {beams} beams")
     if mask is not None and mask.shape[1] < n_prefix + n_suffix - 1:
         raise ValueError(f"mask {tuple(mask.shape)} does not cover {n_prefix} + {n_suffix} - 1 targets")
     B, W = rows.shape[0], 1  # W sequences are alive per row
-    decoder, score = _Decoder(model, rows[:, :n_prefix]), torch.zeros(B, 1, device=rows.device)
+    ids = new = rows[:, :n_prefix]  # (B W, tokens so far)
+    score, cache = torch.zeros(B, 1, device=rows.device), {} if getattr(model, "uses_cache", False) else None
     for j in range(n_suffix):
-        log_p = rearrange(decoder.log_probs(), "(b w) v -> b w v", b=B)
+        logits = model(ids) if cache is None else model(new, cache)  # (B W, T, V); a model without a cache re-reads all
+        log_p = rearrange(logits[:, -1].float().log_softmax(dim=-1), "(b w) v -> b w v", b=B)
         branch = min(beams if mask is None else 8, log_p.shape[-1])
         ranked, order = log_p.sort(dim=-1, descending=True, stable=True)  # of equals the lowest id first
         best, token = ranked[..., :branch], order[..., :branch]  # (B, W, branch)
@@ -593,10 +520,12 @@ def extract(model, rows: Tensor, n_prefix: int, n_suffix: int, beams: int = 1, m
             best[..., 1:].masked_fill_(~mask[:, n_prefix + j - 1, None, None], -math.inf)
         kept = min(beams, W * branch)
         score, pick = (score[..., None] + best).flatten(1).topk(kept)  # (B, kept) of (B, W branch)
-        parent = pick // branch + W * torch.arange(B, device=rows.device)[:, None]
-        decoder.extend(parent.flatten(), token.flatten(1).gather(1, pick).flatten())
-        W = kept
-    out = rearrange(decoder.ids[:, n_prefix:], "(b w) n -> b w n", b=B)
+        parent = (pick // branch + W * torch.arange(B, device=rows.device)[:, None]).flatten()  # (B kept,)
+        new = token.flatten(1).gather(1, pick).reshape(-1, 1)  # (B kept, 1)
+        ids, W = torch.cat([ids[parent], new], dim=1), kept
+        if cache is not None:
+            cache = {i: (k[parent], v[parent]) for i, (k, v) in cache.items()}
+    out = rearrange(ids[:, n_prefix:], "(b w) n -> b w n", b=B)
     out = torch.where(score.isinf()[..., None], out[:, :1], out)  # branches the mask forbids repeat the best
     return out[:, 0] if beams == 1 else out
 
@@ -661,19 +590,15 @@ def mia_scores(model, rows: Tensor, texts: list[str] | None = None, mask: Tensor
     without texts). min_k: mean of the lowest 20 % log-probabilities. With a drop mask (B, L): supervised targets only,
     the stronger attack of one who knows it.
     """
-    log_p = model(rows[:, :-1]).float().log_softmax(dim=-1).gather(-1, rows[:, 1:, None])[..., 0]  # (B, L)
+    of = lambda r: model(r[:, :-1]).float().log_softmax(dim=-1).gather(-1, r[:, 1:, None])[..., 0]
+    log_p = torch.cat([of(r) for r in rows.split(16)])  # (B, L), without the logits of all rows at once
     seen = torch.ones_like(log_p, dtype=torch.bool) if mask is None else ~mask
     raw = [t.encode() for t in texts] if texts else [row.cpu().int().numpy().tobytes() for row in rows]
     size = torch.tensor([len(zlib.compress(r)) for r in raw], device=rows.device)
-    low = log_p.masked_fill(~seen, math.inf).sort(dim=1).values  # (B, L)
-    n_low = (0.2 * seen.sum(dim=1)).ceil().clamp(min=1)
+    low, n = log_p.masked_fill(~seen, math.inf).sort(dim=1).values, seen.sum(dim=1).clamp(min=1)  # (B, L), (B,)
+    n_low, total = (0.2 * n).ceil(), torch.where(seen, log_p, 0).sum(dim=1)
     among = torch.arange(low.shape[1], device=rows.device) < n_low[:, None]
-    total = torch.where(seen, log_p, 0).sum(dim=1)
-    return {
-        "loss": total / seen.sum(dim=1).clamp(min=1),
-        "zlib": total / size,
-        "min_k": torch.where(among, low, 0).sum(dim=1) / n_low,
-    }
+    return {"loss": total / n, "zlib": total / size, "min_k": torch.where(among, low, 0).sum(dim=1) / n_low}
 
 
 def auc(pos, neg) -> float:
@@ -697,13 +622,13 @@ class Layer(nn.Module):
 
     def __init__(self, c: dict):
         super().__init__()
-        C, M, self.H, self.Hk = (c[n] for n in ("hidden_size", "intermediate_size", "num_attention_heads",
-                                                "num_key_value_heads"))  # fmt: skip
+        C, M, self.H = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+        self.Hk = c.get("num_key_value_heads") or self.H
         D, linear = c.get("head_dim") or C // self.H, functools.partial(nn.Linear, bias=False)
-        self.self_attn = nn.ModuleDict({
-            "q_proj": linear(C, self.H * D), "k_proj": linear(C, self.Hk * D), "v_proj": linear(C, self.Hk * D),
-            "o_proj": linear(self.H * D, C),
-        })  # fmt: skip
+        q, kv = self.H * D, self.Hk * D
+        self.self_attn = nn.ModuleDict(
+            {"q_proj": linear(C, q), "k_proj": linear(C, kv), "v_proj": linear(C, kv), "o_proj": linear(q, C)}
+        )
         self.mlp = nn.ModuleDict({"gate_proj": linear(C, M), "up_proj": linear(C, M), "down_proj": linear(M, C)})
         self.input_layernorm = nn.RMSNorm(C, c["rms_norm_eps"])
         self.post_attention_layernorm = nn.RMSNorm(C, c["rms_norm_eps"])
@@ -791,10 +716,8 @@ class Text:
         if n < cfg.canaries:
             raise BadInput(f"--canaries {cfg.canaries}, but the text has only {n} rows of {width} tokens. Ask fewer.")
         if n < held + cfg.batch:
-            raise BadInput(
-                f"the text is too small: it has {len(ids)} tokens; {cfg.canaries} canaries, as many non-members, "
-                f"{VALIDATION} validation rows and a batch of {cfg.batch} need {(held + cfg.batch) * width}. Add text."
-            )
+            need = f"canaries, as many non-members, {VALIDATION} rows and a batch need {(held + cfg.batch) * width}"
+            raise BadInput(f"the text is too small: it has {len(ids)} tokens; {cfg.canaries} {need}. Add text.")
         rows = ids[: n * width].reshape(n, width)[torch.randperm(n, generator=cluster.generator(cfg.seed, 1))]
         parts = rows.split([cfg.canaries, cfg.canaries, VALIDATION, n - held])
         self.canary, self.nonmember, self.validation, self.background = parts  # (rows, block + 1) each
@@ -815,10 +738,10 @@ class Text:
         slots = 0 if cfg.control or not cfg.canaries else round(cfg.batch * cfg.canary_share)  # rows for canaries
         fresh = cfg.batch - slots
         shown = self._next(self.canary, step * slots, slots)
-        half = cfg.block // 2
         if cfg.rechunk:  # cut the canary at a random place: other text before or after it
             filler = self.background[torch.randint(len(self.background), (2, slots), generator=g)]
             around = torch.cat([filler[0], shown, filler[1]], dim=1)  # (slots, 3 (block + 1))
+            half = cfg.block // 2
             first = torch.randint(-half, half + 1, (slots, 1), generator=g) + cfg.block + 1
             shown = around.gather(1, first + torch.arange(cfg.block + 1))
         if cfg.noise:
@@ -834,9 +757,8 @@ def mask_of(cfg: Config, rows: Tensor, *salt: int) -> Tensor:
     return goldfish_mask(rows[:, 1:], cfg.k or None, cfg.h, cfg.strategy, window=cfg.window, generator=g)
 
 
-# settings that change the numbers of a run; a checkpoint goes on only under the same ones
-TEXT = ("vocab", "block", "canaries")
-FIXED = TEXT + (
+CORPUS = ("vocab", "block", "canaries")  # what all rows of a demo share
+FIXED = CORPUS + (  # settings that change the numbers of a run; a checkpoint goes on only under the same ones
     "k", "h", "strategy", "window", "normalizer", "seed", "canary_share", "control", "noise", "rechunk",
     "d_model", "n_layer", "n_head", "batch", "lr", "warmup", "supervised_tokens", "dtype",
 )  # fmt: skip
@@ -847,10 +769,9 @@ def check_resume(state: dict, cfg: Config, text: Text) -> None:
     for name in FIXED:
         was, now, flag = state["setting"][name], getattr(cfg, name), "--" + name.replace("_", "-")
         if was != now:
-            raise BadInput(
-                f"the checkpoint was trained with {flag} {was}, this run asks for {flag} {now}. Going on would "
-                f"teach what was left out so far. Pass {flag} {was} to resume, or another --out to start anew."
-            )
+            why = "Going on would teach what was left out so far."
+            raise BadInput(f"the checkpoint was trained with {flag} {was}, this run asks for {flag} {now}. {why} "
+                           f"Pass {flag} {was} to resume, or another --out to start anew.")  # fmt: skip
     if state["crc"] != text.crc:
         raise BadInput("the checkpoint was trained on another text. Pass the same --data, or another --out.")
 
@@ -864,8 +785,8 @@ class Trainer:
         if cfg.batch % self.shards:
             raise BadInput(f"--batch {cfg.batch} does not divide over {w.size} processes x --accum {cfg.accum}")
         self.model = GPT(small_config(cfg), cfg.seed).to(w.device)
-        decay, rest = ([p for p in self.model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
-        groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+        of = lambda matrix: [p for p in self.model.parameters() if (p.ndim > 1) == matrix]
+        groups = [{"params": of(True), "weight_decay": 0.1}, {"params": of(False), "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95))
         self.step, self.supervised = 0, torch.zeros((), dtype=torch.long, device=w.device)
         if state:
@@ -876,8 +797,8 @@ class Trainer:
 
     def state(self) -> dict:
         setting = {name: getattr(self.cfg, name) for name in FIXED} | {"data": list(self.cfg.data)}
-        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-        return {**parts, "supervised": int(self.supervised), "setting": setting, "crc": self.text.crc}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step,
+                "supervised": int(self.supervised), "setting": setting, "crc": self.text.crc}  # fmt: skip
 
     def done(self) -> float:
         """Part of the run behind us, 0..1."""
@@ -925,6 +846,14 @@ class Trainer:
     def run(self, log: report.Run, what: str, path: str = "") -> "Trainer":
         """Train to the end, logging as `what`; checkpoints go to `path` if given, also when SIGTERM asks to stop."""
         cfg, saved = self.cfg, -1
+
+        def save():
+            nonlocal saved
+            if path and saved != self.step:
+                saved = self.step
+                if self.w.main:
+                    cluster.save(path, self.state())
+
         bar = report.progress(None, what, self.w, None if cfg.supervised_tokens else cfg.steps, self.step)
         listen = cluster.stop_signal(self.w.device) if path else contextlib.nullcontext(bool)  # bool() is False
         with listen as stopping, bar:
@@ -934,17 +863,21 @@ class Trainer:
                     log.log(run=what, step=self.step, **line)
                     bar.set_postfix_str(f"loss {line['loss']:.3f}")
                 bar.update()
-                stop = stopping()
-                if path and (stop or (cfg.save_every and self.step % cfg.save_every == 0)):
-                    saved = self.step
-                    if self.w.main:
-                        cluster.save(path, self.state())
-                if stop:
+                if cfg.save_every and self.step % cfg.save_every == 0:
+                    save()
+                if stopping():
+                    save()
                     self.w.print(f"stopped by SIGTERM after step {self.step}; go on with --resume")
                     raise SystemExit(0)
-        if path and saved != self.step and self.w.main:
-            cluster.save(path, self.state())
+        save()
         return self
+
+
+def recall(gen: Tensor, ref: Tensor) -> dict[str, float]:
+    """Five measures of how much of the suffixes ref (B, n) was recited as gen (B, n)."""
+    found = {"exact": exact_match(gen, ref), "accuracy": token_accuracy(gen, ref)}
+    each = {"rouge_l": rouge_l, "longest_run": longest_run, "divergence": first_divergence}
+    return found | {name: measure(gen, ref).float().mean().item() for name, measure in each.items()}
 
 
 @torch.no_grad()
@@ -955,7 +888,8 @@ def audit(cfg: Config, text: Text, model) -> dict:
     loss = torch.stack([goldfish_loss(model(r[:, :-1]), r[:, 1:], k=None) for r in held.split(16)]).mean().item()
     if not cfg.canaries:
         return {"val_loss": loss}  # of all targets: validation never uses the mask
-    gen, ref = extract(model, canary, n_p, n_s), canary[:, n_p : n_p + n_s]  # (canaries, n_s)
+    gen = torch.cat([extract(model, r, n_p, n_s) for r in canary.split(256)])  # (canaries, n_s)
+    ref = canary[:, n_p : n_p + n_s]
     t, drop = first_divergence(gen, ref), mask_of(cfg, canary)  # (canaries,), (canaries, block)
     wrong = t < n_s
     at_dropped = drop[wrong, n_p + t[wrong] - 1]  # generated token j is target n_p + j - 1
@@ -964,9 +898,7 @@ def audit(cfg: Config, text: Text, model) -> dict:
         aware = (mia_scores(model, r, mask=mask_of(cfg, r))["loss"] for r in (canary, other))
         member["loss_supervised"], stranger["loss_supervised"] = aware
     return {
-        "exact": exact_match(gen, ref), "accuracy": token_accuracy(gen, ref),
-        "rouge_l": rouge_l(gen, ref).mean().item(), "longest_run": longest_run(gen, ref).mean().item(),
-        "divergence": t.float().mean().item(), "val_loss": loss,
+        **recall(gen, ref), "val_loss": loss,
         "at_dropped": at_dropped.float().mean().item() if cfg.k and wrong.any() else None,
         "survival": [(t >= n).float().mean().item() for n in range(n_s + 1)],
         **{f"auc_{s}": auc(member[s], stranger[s]) for s in member},
@@ -979,11 +911,15 @@ def audit(cfg: Config, text: Text, model) -> dict:
 ALIASES = {
     "ordinary": "k=0", "control": "k=0,control=1", "random": "k=4,strategy=random", "near-duplicates": "k=4,noise=0.05",
 }  # fmt: skip
+LESSONS = {
+    "random": "a mask drawn afresh at each showing protects nothing ({:.2f} recited)",
+    "near-duplicates": "nor does the hash, against copies with 5 % noise ({:.2f})",
+}
 
 
 def row_config(cfg: Config, spec: str) -> Config:
     """The settings of one demo row: an alias, or FIELD=VALUE,... over the command line's. BadInput: no such field."""
-    free = {f.name: f for f in fields(Config) if f.name in (*FIXED, "steps", "loss") and f.name not in TEXT}
+    free = {f.name: f for f in fields(Config) if f.name in (*FIXED, "steps", "loss") and f.name not in CORPUS}
     changed = {}
     try:
         for item in ALIASES.get(spec, spec).split(","):
@@ -1012,38 +948,32 @@ def demo(cfg: Config, w: cluster.World) -> None:
         f["seconds"] = time.perf_counter() - start
         run.log(audit=spec, **f)
         at_dropped = "-" if f["at_dropped"] is None else f"{f['at_dropped']:.0%}"
-        counts, ends = f"{f['supervised'] / 1e3:.0f}k", f"{f['divergence']:.1f}"
-        shown.append([spec, counts, f["exact"], f["accuracy"], f["rouge_l"], ends, at_dropped, f["val_loss"]])
-        shown[-1] += [f["auc_loss"], f"{f['seconds']:.1f}"]
+        scores = [f[n] for n in ("exact", "accuracy", "rouge_l")]
+        ends = [f"{f['divergence']:.1f}", at_dropped, f["val_loss"], f["auc_loss"], f"{f['seconds']:.1f}"]
+        shown.append([spec, f"{f['supervised'] / 1e3:.0f}k", *scores, *ends])
         w.print(f"{spec}: recites {f['exact']:.2f} of the canaries ({f['seconds']:.0f} s)")
     head = ["run", "supervised", "exact match", "token acc.", "RougeL", "first divergence", "at dropped", "val loss"]
     w.print("\n" + report.table([*head, "MIA AUC", "seconds"], shown) + "\n")
-    if "random" in found:
-        w.print(
-            f"lesson: a mask drawn afresh at each showing protects nothing ({found['random']['exact']:.2f} recited)"
-        )
-    if "near-duplicates" in found:
-        w.print(f"lesson: nor does the hash, against copies with 5 % noise ({found['near-duplicates']['exact']:.2f})")
+    for spec, lesson in LESSONS.items():
+        if spec in found:
+            w.print("lesson: " + lesson.format(found[spec]["exact"]))
     if w.main and {"ordinary", "k=4"} <= set(found):
         layout = {"ncols": 2, "figsize": (15, 5), "gridspec_kw": {"width_ratios": [1, 2]}}
         w.print(report.picture(f"{cfg.out}/goldfish.png", functools.partial(draw, cfg, text, found), **layout))
     if not {"ordinary", "k=4", "k=3"} <= set(found):
         return w.print("no claim: it needs the rows ordinary, k=4 and k=3")
-    plain, *masked = (found[s] for s in ("ordinary", "k=4", "k=3"))
-    gap = max(abs(f["val_loss"] - plain["val_loss"]) for f in masked)
-    hits = [found[s]["at_dropped"] for s in ("k=8", "k=4", "k=3") if s in found]
-    off = min(1.0 if h is None else h for h in hits)
+    plain, k4, k3 = (found[s] for s in ("ordinary", "k=4", "k=3"))
+    gap = max(abs(f["val_loss"] - plain["val_loss"]) for f in (k4, k3))
+    at_dropped = [found[s]["at_dropped"] for s in ("k=8", "k=4", "k=3") if s in found]
+    off = min(1.0 if share is None else share for share in at_dropped)
     order = [found[s]["exact"] for s in ("ordinary", "k=8", "k=4", "k=3") if s in found]
+    falls = plain["exact"] >= 0.9 and order == sorted(order, reverse=True) and max(k4["exact"], k3["exact"]) <= 0.05
     run.claim(
         "goldfish loss stops verbatim recall and keeps validation loss",
         "84 of 100 articles recited after ordinary training, 0 of 100 with k=4 (LLaMA-2-7B)",
-        f"ordinary recites {plain['exact']:.2f} of the canaries, k=4 {masked[0]['exact']:.2f}, "
-        f"k=3 {masked[1]['exact']:.2f}; {off:.0%} of divergences at a dropped target; validation loss within {gap:.3f}",
-        plain["exact"] >= 0.9
-        and order == sorted(order, reverse=True)
-        and max(order[-2:]) <= 0.05
-        and off == 1
-        and gap <= 0.1,
+        f"ordinary recites {plain['exact']:.2f} of the canaries, k=4 {k4['exact']:.2f}, k=3 {k3['exact']:.2f}; "
+        f"{off:.0%} of divergences at a dropped target; validation loss within {gap:.3f}",
+        falls and off == 1 and gap <= 0.1,
         f"{cfg.canaries} canaries of {cfg.block + 1} tokens, {cfg.steps} steps, seed {cfg.seed}, {w.device.type}",
     )
 
@@ -1061,22 +991,23 @@ def draw(cfg: Config, text: Text, found: dict, figure, axes) -> None:
     letters = [sum(c.isalpha() for i in row for c in decode(i)) for row in text.canary.tolist()]
     ahead = first_divergence(found["k=4"]["generated"], text.canary[:, cfg.prefix : cfg.prefix + cfg.suffix]).tolist()
     which = max(range(len(letters)), key=lambda i: letters[i] + 60 * min(ahead[i], 3))  # prose, and not lost at once
-    row, generated = text.canary[which], {s: found[s]["generated"][which] for s in ("ordinary", "k=4")}
+    row, ours = text.canary[which], found["k=4"]["generated"][which]
     prompt, true = row[: cfg.prefix].tolist(), row[cfg.prefix : cfg.prefix + cfg.suffix].tolist()
     dropped, y, width = mask_of(row_config(cfg, "k=4"), row[None])[0].tolist(), 0.0, 98
     right.set(xlim=(0, width), ylim=(-21, 1))
     right.axis("off")
-    parts = {"The prompt": prompt, "The training text after it": true, "Ordinary training": generated["ordinary"]}
-    for title, ids in {**parts, "Goldfish loss, k = 4": generated["k=4"]}.items():
+    parts = {"The prompt": prompt, "The training text after it": true,
+             "Ordinary training": found["ordinary"]["generated"][which], "Goldfish loss, k = 4": ours}  # fmt: skip
+    for title, ids in parts.items():
         right.text(0, y, title, weight="bold")
-        x, y, verbatim = 0, y - 1.5, title != "The prompt"
+        x, y, verbatim = 0, y - 1.5, ids is not prompt
         for j, i in enumerate(ids):
-            word, verbatim = decode(i), verbatim and i == true[j]
+            word, marked = decode(i), ids is true or (ids is ours and ids[:j] == true[:j])
+            verbatim = verbatim and i == true[j]
             if x + len(word) > width:
                 x, y = 0, y - 1.5
-            color = "0.45" if title == "The prompt" else "green" if verbatim else "crimson"
-            shown = ids is true or (ids is generated["k=4"] and ids[:j] == true[:j])
-            box = "#ffe08a" if shown and dropped[cfg.prefix + j - 1] else "none"
+            color = "0.45" if ids is prompt else "green" if verbatim else "crimson"
+            box = "#ffe08a" if marked and dropped[cfg.prefix + j - 1] else "none"
             look = {"facecolor": box, "edgecolor": "none", "pad": 1}
             right.text(x, y, word, family="monospace", fontsize=9, color=color, bbox=look)
             x += len(word)
@@ -1121,9 +1052,11 @@ def audit_run(cfg: Config, w: cluster.World) -> None:
     rows = text.canary.to(w.device)
     ref, drop = rows[:, None, c.prefix : c.prefix + c.suffix], mask_of(c, rows)  # (canaries, 1, n_s), (canaries, block)
     for width in report.progress(c.beams, "beam search", w):
-        tried = [extract(model, rows, c.prefix, c.suffix, width, mask) for mask in (None, drop)]
-        tried = [g.reshape(len(rows), width, c.suffix) for g in tried]
-        shown.append([str(width), *((g == ref).all(dim=2).any(dim=1).float().mean().item() for g in tried)])
+        shown.append([str(width)])
+        for knows in (False, True):
+            found_by = [extract(model, r, c.prefix, c.suffix, width, d if knows else None).reshape(len(r), -1, c.suffix)
+                        for r, d in zip(rows.split(16), drop.split(16), strict=True)]  # fmt: skip
+            shown[-1].append((torch.cat(found_by) == ref).all(dim=2).any(dim=1).float().mean().item())
     w.print(report.table(["beams", "exact match", "by one who knows the mask"], shown))
     if w.main:
         report.write_json(f"{c.out}/audit.json", found | {"beams": shown, "setting": state["setting"]})
@@ -1145,10 +1078,8 @@ def audit_real(cfg: Config, w: cluster.World) -> None:
         gen, ref = extract(model, rows, cfg.prefix, cfg.suffix), rows[:, cfg.prefix :]
         mia = mia_scores(model, rows, [tokenizer.decode(r) for r in rows.tolist()])
         scores[member].append(mia)
-        measured = [exact_match(gen, ref), token_accuracy(gen, ref), rouge_l(gen, ref).mean().item()]
-        measured += [longest_run(gen, ref).mean().item(), first_divergence(gen, ref).float().mean().item()]
-        mia_means = [v.mean().item() for v in mia.values()]
-        shown.append([name[-40:], "yes?" if member else "no", str(n), *measured, *mia_means])
+        measured = [*recall(gen, ref).values(), *(v.mean().item() for v in mia.values())]
+        shown.append([name[-40:], "yes?" if member else "no", str(n), *measured])
     head = ["file", "member", "rows", "exact match", "token acc.", "RougeL", "longest run", "first divergence"]
     head += [f"MIA {s}" for s in mia]
     w.print(report.table(head, shown))
@@ -1183,20 +1114,20 @@ def bench(cfg: Config, w: cluster.World) -> None:
         return F.cross_entropy(logits.view(N, V), y.view(N))
 
     def compare(title: str, cases: dict) -> None:
-        """One table; cases: name -> (function that gives a loss, its floor in seconds)."""
+        """One table; cases: name -> (function that gives a loss, its floor in seconds). The first is the base."""
 
         def step(fn):
             hidden.grad = weight.grad = None
             fn().backward()
 
-        calls = {name: functools.partial(step, fn) for name, (fn, _) in cases.items()}
-        seconds, base = report.timed(calls, w.device, repeats=20 if cuda else 5), next(iter(cases))
-        peak, rows = {name: report.peak_bytes(fn, w.device) for name, fn in calls.items()}, []
-        for name, (t, spread) in seconds.items():
-            floor = cases[name][1]
-            rows.append([name, f"{t * 1e3:.1f} ± {spread * 1e3:.1f}", t / seconds[base][0], f"{peak[name] / 2**20:.0f}",
-                         peak[name] / peak[base], f"{floor * 1e3:.1f}", f"{floor / t:.0%}"])  # fmt: skip
-            found["cases"][name] = {"seconds": t, "spread": spread, "peak_bytes": peak[name], "floor_seconds": floor}
+        calls, rows = {name: functools.partial(step, fn) for name, (fn, _) in cases.items()}, []
+        seconds = report.timed(calls, w.device, repeats=20 if cuda else 5)
+        peaks = [report.peak_bytes(fn, w.device) / 2**20 for fn in calls.values()]
+        base = next(iter(seconds.values()))[0]
+        for (name, (t, spread)), (_, floor), peak in zip(seconds.items(), cases.values(), peaks, strict=True):
+            time_of = [f"{t * 1e3:.1f} ± {spread * 1e3:.1f}", t / base]
+            rows.append([name, *time_of, f"{peak:.0f}", peak / peaks[0], f"{floor * 1e3:.1f}", f"{floor / t:.0%}"])
+            found["cases"][name] = {"seconds": t, "spread": spread, "peak_mib": peak, "floor_seconds": floor}
         head = [title, "ms", "x time", "peak MiB", "x memory", "floor ms", "of floor"]
         w.print("\n" + report.table(head, rows))
 
