@@ -128,7 +128,10 @@ class Config:
     rivals: tuple = opt(("nope", "rope", "learned"), "demo: positions that Abacus is compared with")
     workers: int = opt(2, "demo without torchrun: processes that share the models, one thread each")
     few: int = opt(3, "demo: most digits in training of the second table")
-    few_steps: tuple = opt((400, 800, 800, 1200), "demo: its steps, of Abacus and each rival: as each needs")
+    few_steps: tuple = opt(
+        (400, 800, 800, 1200),
+        "demo: its steps, of Abacus and each rival (the last for all further ones): as each needs",
+    )
     model: str = opt("results/abacus/seed0/best.pt", "eval: the weights to try")
 
     def __post_init__(self):
@@ -875,8 +878,9 @@ class Trainer:
         names = enumerate(("exact", "first", "rest"))
         return {f"{name}_{m}": row[i] for i, name in names for m, row in zip(lengths, found, strict=True)}
 
-    def run(self, log: report.Run, what: str, folder: str = "") -> "Trainer":
-        """Train to the end, logging as `what`; with `folder`, checkpoint.pt and best.pt go there, also on SIGTERM."""
+    def run(self, log, what: str, folder: str = "") -> "Trainer":
+        """Train to the end, calling log(run=what, ...). With `folder`, checkpoint.pt (also on SIGTERM) and best.pt go
+        there."""
         cfg, w, start, shown, asked = self.cfg, self.w, time.monotonic(), "", False
         listen = cluster.stop_signal(w.device) if folder else contextlib.nullcontext(bool)  # bool() is False
         with listen as stopping, report.progress(None, what, w, cfg.steps, self.step) as bar:
@@ -892,7 +896,7 @@ class Trainer:
                         if w.main:
                             save_weights(f"{folder}/best.pt", self)
                 if line:
-                    log.log(run=what, step=self.step, **line)
+                    log(run=what, step=self.step, **line)
                     bar.set_postfix_str(f"{shown} loss {line.get('loss', math.nan):.3f}")
                 bar.update()
                 late, asked = False, stopping()
@@ -949,7 +953,7 @@ def train(cfg: Config, resume: str | None = None) -> list[dict]:
                 cluster.set_aside(path)
                 cluster.set_aside(f"{folder}/best.pt")
             run = report.Run(folder, c, w, state["step"] if state else 0)
-            trainer = Trainer(c, w, state).run(run, f"seed {seed}", folder)
+            trainer = Trainer(c, w, state).run(run.log, f"seed {seed}", folder)
             found.append({"seed": seed, "step": trainer.step, **trainer.probe(cfg.probe, cfg.per_length)})
             if trainer.step == c.steps:
                 run.log(final=seed, **found[-1])
@@ -968,38 +972,33 @@ def train(cfg: Config, resume: str | None = None) -> list[dict]:
 # ---- demo: the claim
 
 
-class Lines(list):
-    """Stands in for report.Run where several ranks train: the lines are written when all are done."""
-
-    def log(self, **values) -> None:
-        self.append(values)
-
-
-def measure(cfg: Config, w: cluster.World, group) -> tuple[dict, Lines]:
-    """Train one model and measure it over cfg.lengths and on a grid of lengths."""
-    start, log, what = time.process_time(), Lines(), f"{cfg.pos}, <= {cfg.digits} digits, seed {cfg.seed}"
+def measure(cfg: Config, w: cluster.World, group=None) -> tuple[dict, list[dict]]:
+    """Train one model; measure it over cfg.lengths and on a grid of lengths: what was found, and the lines to log."""
+    start, lines, what = time.process_time(), [], f"{cfg.pos}, <= {cfg.digits} digits, seed {cfg.seed}"
+    log = lambda **values: lines.append(values)
     model, sizes = Trainer(cfg, w, group=group).run(log, what).model, range(1, cfg.grid + 1)
     diagonal = evaluate_cells(model, [(m, m) for m in cfg.lengths], cfg.per_length, cfg.task, cfg.seed, "", group)
     grid = evaluate_grid(model, sizes, sizes, cfg.per_cell, cfg.task, cfg.seed, f"{what}: grid", group)
     exact, first, rest = (dict(zip(cfg.lengths, column, strict=True)) for column in diagonal.T.tolist())
-    f = {"exact": exact, "first": first, "rest": rest, "trained": grid[: cfg.digits, : cfg.digits].mean().item()}
-    f |= {"steps": cfg.steps, "cpu_seconds": time.process_time() - start, "grid": grid.tolist()}
-    log.log(measured=what, **f)
+    f = {"pos": cfg.pos, "digits": cfg.digits, "seed": cfg.seed, "exact": exact, "first": first, "rest": rest}
+    f |= {"trained": grid[: cfg.digits, : cfg.digits].mean().item(), "steps": cfg.steps, "grid": grid.tolist()}
+    f["cpu_seconds"] = time.process_time() - start
+    log(measured=what, **f)
     w.print(f"{what}: done in {f['cpu_seconds']:.0f} CPU seconds")
-    return f, log
+    return f, lines
 
 
-def measure_in_worker(cfg: Config) -> tuple[dict, Lines]:
+def measure_in_worker(cfg: Config) -> tuple[dict, list[dict]]:
     """measure() in a process of its own, silent and on one thread."""
     torch.set_num_threads(1)
     with cluster.world("cpu") as w:
-        return measure(cfg, cluster.World(1, 1, w.device), None)
+        return measure(cfg, cluster.World(1, 1, w.device))
 
 
-def compare(jobs: list[Config], w: cluster.World, run: report.Run) -> dict:
-    """measure() each, (digits, position, seed) -> what was found. The ranks, or the workers of a lone one, share the
-    models, not the batches, so the numbers are those of one process."""
-    if w.size == 1 and w.device.type == "cpu" and min(cfg.workers for cfg in jobs) > 1 and len(jobs) > 1:
+def compare(jobs: list[Config], w: cluster.World, run: report.Run) -> list[dict]:
+    """What measure() finds for each job. The ranks, or the workers of a lone one, share the models, not the batches, so
+    the numbers are those of one process."""
+    if w.size == 1 and w.device.type == "cpu" and jobs[0].workers > 1 and len(jobs) > 1:
         with cluster.workers(jobs[0].workers) as pool:
             mine = list(report.progress(pool.map(measure_in_worker, jobs), "models", w, len(jobs)))
     else:
@@ -1007,77 +1006,68 @@ def compare(jobs: list[Config], w: cluster.World, run: report.Run) -> dict:
         mine = [measure(c, cluster.World(w.rank, 1, w.device), alone) for c in jobs[w.rank :: w.size]]
     every = [None] * w.size
     dist.all_gather_object(every, mine)
-    found = {}
-    for i, c in enumerate(jobs):
-        f, lines = every[i % w.size][i // w.size]
-        found[c.digits, c.pos, c.seed] = f
-        for line in lines:
-            run.log(**line)
-    return found
+    done = [every[i % w.size][i // w.size] for i in range(len(jobs))]
+    for line in [line for _, lines in done for line in lines]:
+        run.log(**line)
+    return [f for f, _ in done]
 
 
-def table(cfg: Config, found: dict) -> str:
-    """What compare() found, as text."""
-    n = cfg.lengths[0]
-    head = ["positions", "steps", f"1..{cfg.digits} grid", *(f"{m}+{m}" for m in cfg.lengths), f"first digit {n}+{n}"]
-    rows = []
-    for (_, pos, seed), f in found.items():
+def table(found: list[dict]) -> str:
+    """What compare() found for models of equal digits, as text."""
+    digits, lengths, rows = found[0]["digits"], list(found[0]["exact"]), []
+    n = lengths[0]
+    head = ["positions", "steps", f"1..{digits} grid", *(f"{m}+{m}" for m in lengths), f"first digit {n}+{n}"]
+    for f in found:
         seen = [f["trained"], *f["exact"].values(), f["first"][n], f["rest"][n], f"{f['cpu_seconds']:.0f}"]
-        rows.append([f"{pos}, seed {seed}", f["steps"], *seen])
-    return f"\nexact match after training on <= {cfg.digits} digits\n{report.table([*head, 'others', 'CPU s'], rows)}\n"
+        rows.append([f"{f['pos']}, seed {f['seed']}", f["steps"], *seen])
+    return f"\nexact match after training on <= {digits} digits\n{report.table([*head, 'others', 'CPU s'], rows)}\n"
 
 
 def demo(cfg: Config, w: cluster.World) -> None:
     """Abacus against other positions at equal budget, and where all learn to add; table, picture, claim."""
-    run, rivals, few = report.Run(cfg.out, cfg, w), () if cfg.quick else cfg.rivals, []
+    run, rivals = report.Run(cfg.out, cfg, w), () if cfg.quick else cfg.rivals
     jobs = [replace(cfg, pos="abacus", seed=cfg.seed + s) for s in range(cfg.seeds)]
     jobs += [replace(cfg, pos=pos) for pos in rivals]
-    for steps, pos in zip(cfg.few_steps, ("abacus", *rivals) if rivals else (), strict=False):
-        curriculum = {"short": min(100, cfg.short), "grow": min(100, cfg.grow)}
-        small = replace(cfg, digits=cfg.few, lengths=tuple(range(cfg.few, cfg.few + 3)), grid=cfg.few + 2, **curriculum)
-        few.append(replace(small, pos=pos, steps=steps, probe=small.lengths))
+    near = tuple(range(cfg.few, cfg.few + 3))
+    small = replace(cfg, digits=cfg.few, short=min(100, cfg.short), grow=min(100, cfg.grow), grid=near[-1])
+    few = [replace(small, pos=pos, lengths=near, probe=near) for pos in (("abacus", *rivals) if rivals else ())]
+    few = [replace(c, steps=cfg.few_steps[min(i, len(cfg.few_steps) - 1)]) for i, c in enumerate(few)]
     every = compare(jobs + few, w, run)
-    found = {key: f for key, f in every.items() if key[0] == cfg.digits}
-    if all(f["first"][cfg.lengths[0]] < 0.9 for key, f in found.items() if key[1] == "abacus"):
+    found, extra = every[: len(jobs)], every[len(jobs) :]
+    if all(f["first"][cfg.lengths[0]] < 0.9 for f in found if f["pos"] == "abacus"):
         w.print("no seed of abacus found the first digit of the answer (see --help); one more, and all are reported")
-        found |= compare([replace(cfg, pos="abacus", seed=cfg.seed + cfg.seeds)], w, run)
-    w.print(table(cfg, found))
-    small = {key: f for key, f in every.items() if key not in found}
-    if few:
-        w.print("where the others learn to add as well: is it extrapolation?" + table(few[0], small))
+        found += compare([replace(cfg, pos="abacus", seed=cfg.seed + cfg.seeds)], w, run)
+    w.print(table(found))
+    if extra:
+        w.print("where the others learn to add as well: is it extrapolation?" + table(extra))
     if w.main:
         layout = {"ncols": len(found), "figsize": (3.6 * len(found) + 1, 4), "squeeze": False}
-        w.print(report.picture(f"{cfg.out}/abacus.png", functools.partial(draw, cfg.digits, found), **layout))
-    ours = max((f["exact"] for key, f in found.items() if key[1] == "abacus"), key=lambda e: sum(e.values()))
+        w.print(report.picture(f"{cfg.out}/abacus.png", functools.partial(draw, found), **layout))
+    ours = max((f["exact"] for f in found if f["pos"] == "abacus"), key=lambda e: sum(e.values()))
     far = cfg.lengths[min(1, len(cfg.lengths) - 1)]
-    theirs = {pos: f["exact"][far] for (_, pos, _), f in found.items() if pos != "abacus"}
+    theirs = {f["pos"]: f["exact"][far] for f in found if f["pos"] != "abacus"}
     here = "Abacus " + ", ".join(f"{m}+{m} {x:.2f}" for m, x in ours.items())
-    if theirs:
+    if rivals:
         here += f"; at {far}+{far} " + ", ".join(f"{pos} {x:.2f}" for pos, x in theirs.items())
-    if few:
-        m = few[0].lengths[-1]
-        here += f"; trained on <= {cfg.few} digits, at {m}+{m} "
-        here += ", ".join(f"{pos} {f['exact'][m]:.2f}" for (_, pos, _), f in small.items())
+        here += f"; trained on <= {cfg.few} digits, at {near[-1]}+{near[-1]} "
+        here += ", ".join(f"{f['pos']} {f['exact'][near[-1]]:.2f}" for f in extra)
     bars = [x >= bar for x, bar in zip(ours.values(), (0.95, 0.85, 0.5), strict=False)]
-    run.claim(
-        f"Abacus positions add numbers longer than the {cfg.digits} digits of training",
-        "up to 99 % exact match at 100 digits after training on <= 20",
-        here,
-        all(bars) and all(x <= 0.05 for x in theirs.values()),
-        f"{cfg.steps} steps of {cfg.batch}, {cfg.n_layer} layers x {cfg.recurrences} of {cfg.d_model}, {w.device.type}",
-    )
+    claim = f"Abacus positions add numbers longer than the {cfg.digits} digits of training"
+    paper = "up to 99 % exact match at 100 digits after training on <= 20"
+    shape = f"{cfg.n_layer} layers x {cfg.recurrences} of {cfg.d_model}"
+    holds = all(bars) and all(x <= 0.05 for x in theirs.values())
+    run.claim(claim, paper, here, holds, f"{cfg.steps} steps of {cfg.batch}, {shape}, {w.device.type}")
 
 
-def draw(digits: int, found: dict, figure, axes) -> None:
-    """A heat map of exact match per method over both operands' lengths; the lengths of training are outlined."""
-    for ax, ((_, pos, seed), f) in zip(axes[0], found.items(), strict=True):
-        grid, edge = list(zip(*f["grid"], strict=True)), digits + 0.5  # rows are b, columns a
+def draw(found: list[dict], figure, axes) -> None:
+    """A heat map of exact match per model over both operands' lengths; the lengths of training are outlined."""
+    for ax, f in zip(axes[0], found, strict=True):
+        grid, edge = list(zip(*f["grid"], strict=True)), f["digits"] + 0.5  # rows are b, columns a
         extent = (0.5, len(grid[0]) + 0.5, 0.5, len(grid) + 0.5)
         image = ax.imshow(grid, origin="lower", extent=extent, vmin=0, vmax=1, cmap="viridis")
         ax.plot([0.5, edge, edge], [edge, edge, 0.5], color="red", lw=1.5)
-        ticks = range(4, len(grid) + 1, 4)
-        ax.set(xlabel="digits of a", title=f"{pos}, seed {seed}", xlim=extent[:2], ylim=extent[2:], xticks=ticks)
-        ax.set_yticks(ticks)
+        ticks, title = range(4, len(grid) + 1, 4), f"{f['pos']}, seed {f['seed']}"
+        ax.set(xlabel="digits of a", title=title, xlim=extent[:2], ylim=extent[2:], xticks=ticks, yticks=ticks)
     axes[0][0].set_ylabel("digits of b")
     figure.colorbar(image, ax=axes[0].tolist(), label="exact match (red: lengths of training)", shrink=0.8, pad=0.02)
 
@@ -1102,7 +1092,8 @@ def evaluate(cfg: Config, w: cluster.World) -> None:
     w.print(f"grid 1..{cfg.grid}, {cfg.per_cell} problems a cell, {seconds:.1f} s: lengths {', '.join(shares)}")
     run.log(lengths=cfg.lengths, found=found, grid=grid.tolist(), seconds=seconds)
     if w.main:
-        paint = functools.partial(draw, c.digits, {(c.digits, c.pos, c.seed): {"grid": grid.tolist()}})
+        seen = {"pos": c.pos, "digits": c.digits, "seed": c.seed, "grid": grid.tolist()}
+        paint = functools.partial(draw, [seen])
         w.print(report.picture(f"{cfg.out}/eval/grid.png", paint, figsize=(6, 5), squeeze=False))
     ids = problems(c.task, cfg.lengths[-1], cfg.lengths[-1], 1, cfg.seed).ids
     prompt, right = ids[:, : int((ids == EQUALS).nonzero()[0, 1]) + 1], decode(ids[0]).split("=")[1]

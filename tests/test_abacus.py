@@ -598,6 +598,16 @@ def test_demo_shortened(tmp_path, capsys):
     assert (tmp_path / "abacus.png").exists() or any("pip install" in line for line in said)
 
 
+def test_tables_of_the_demo_do_not_mix(tmp_path, capsys):
+    """Also where both train on as many digits, and with more rivals than --few-steps."""
+    small = dict(digits=3, few=3, steps=2, few_steps=(3, 4), rivals=("nope", "rope"), workers=1, short=0, max_offset=3)
+    A.main(tiny(**small, batch=8, lengths=(1, 2, 3), probe=(1,), grid=3, per_cell=2, per_length=4, out=str(tmp_path)))
+    here, said = json.loads((tmp_path / "claim.json").read_text())["here"], capsys.readouterr().out
+    assert "at 2+2 nope 0.00, rope 0.00; trained on <= 3 digits, at 5+5 abacus 0.00, nope 0.00, rope 0.00" in here
+    steps = [line.split()[3] for line in said.splitlines() if ", seed 0  " in line]
+    assert steps == ["2", "2", "2", "3", "4", "4"], said
+
+
 @pytest.mark.drill
 def test_demo_compares_and_says_when_a_seed_is_stuck(tmp_path):
     argv = "--d-model 16 --n-head 1 --ff 16 --steps 4 --few-steps 4 4 --batch 8 --grid 3 --per-cell 2 --rivals nope"
