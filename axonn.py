@@ -74,7 +74,7 @@ class Config:
     ranks: int = opt(8, "demo and bench without torchrun: local processes to start")
     # the model and the grid
     model: str = opt("tiny", "tiny, 1.3B, 5B .. 640B, or real weights: smollm2, a Hugging Face folder, a GGUF file")
-    seq: int = opt(0, "tokens per row; 0 is the model's own, 128 for real weights")
+    block: int = opt(0, "tokens per row that are predicted; 0 is the model's own, 128 for real weights")
     grid: tuple = opt((1, 1, 1, 0), "Gx Gy Gz Gdata; one of them may be 0: whatever ranks are left")
     dtype: str = opt("float32", "of the products", choices=("float64", "float32", "bfloat16", "float16"))
     checkpoint: bool = opt(False, "recompute each block in backward")
@@ -1150,7 +1150,7 @@ def preset(cfg: Config) -> GPTConfig:
         raise BadInput(f"--model {cfg.model}: {cfg.mode} knows {', '.join(PRESETS)}")
     c = PRESETS[cfg.model]
     changes = {n: getattr(cfg, n) for n in ("dtype", "checkpoint", "cache_weights", "compile", "seed")}
-    return replace(c, seq=cfg.seq or c.seq, vocab=cfg.vocab if cfg.model == "tiny" else c.vocab, **changes)
+    return replace(c, seq=cfg.block or c.seq, vocab=cfg.vocab if cfg.model == "tiny" else c.vocab, **changes)
 
 
 def flops_per_iteration(cfg: GPTConfig, tokens: int, recompute: bool = True) -> float:
@@ -1495,7 +1495,7 @@ def memorise(width: int, goldfish: bool, seed: int, lr: float = 3e-3, batch: int
 # ---- the experiment: training on a grid
 
 # settings that change the numbers of a run; a checkpoint goes on only under the same ones (on any grid)
-FIXED = ("model", "seq", "vocab", "data", "batch", "tokens_per_step", "lr", "warmup", "weight_decay", "clip", "seed",
+FIXED = ("model", "block", "vocab", "data", "batch", "tokens_per_step", "lr", "warmup", "weight_decay", "clip", "seed",
          "dtype", "steps")  # fmt: skip
 
 
@@ -1515,7 +1515,7 @@ class Trainer:
             self.model, self.ids = GPT3D(c, self.grid), Tokenizer.train(text, c.vocab).encode(text)
         else:
             changes = {n: getattr(cfg, n) for n in ("dtype", "checkpoint", "cache_weights", "compile", "seed")}
-            self.model, tokenizer = open_model(cfg.model, self.grid, seq=cfg.seq or 128, **changes)
+            self.model, tokenizer = open_model(cfg.model, self.grid, seq=cfg.block or 128, **changes)
             self.ids = torch.tensor(tokenizer.encode(text).ids)
         T, shards = self.model.cfg.seq, self.grid.num_data_shards * cfg.accum
         if cfg.tokens_per_step % T:
@@ -1526,7 +1526,7 @@ class Trainer:
             raise BadInput(f"{self.batch} rows per step do not divide over Gz x Gdata x --accum = {shards}. Multiples "
                            f"of {shards} work: --batch {near} or {near + shards}")  # fmt: skip
         if len(self.ids) < T + 2:
-            raise BadInput(f"the text has {len(self.ids)} tokens; rows of --seq {T} need more. Give a longer --data.")
+            raise BadInput(f"the text has {len(self.ids)} tokens; rows of --block {T} need more. Give a longer --data.")
         self.optimizer = adamw(self.model, cfg.lr, cfg.weight_decay, betas=(0.9, 0.95))
         if cfg.tune:
             w.print(f"products: {tune(self.model, self.batch // shards)}")

@@ -75,12 +75,12 @@ class Config:
     preset: str = opt("laptop", "defaults for a setting; flags win", ("laptop", "bytes", "heal", "gpu", "huginn-3.5b"))
     # the task
     task: str = opt("parity", "running parity of random bits, or next-token prediction of text", ("parity", "text"))
-    length: int = opt(32, "bits or tokens per row")
+    block: int = opt(32, "bits or tokens per row that are predicted")
     data: tuple = opt(("docs",), "text files, or docs or sources: Python's own")
     # the model
     d_model: int = opt(64, "width")
     n_head: int = opt(2, "attention heads")
-    d_mlp: int = opt(192, "width of the MLP")
+    ff: int = opt(192, "width of the MLP")
     layers: tuple = opt((1, 2, 0), "layers of prelude, core, coda")
     rope_base: float = opt(30.0, "base of the rotary angles")
     recency: float = opt(1.0, "how much heads prefer the token before at the start; the paper has 0")
@@ -127,7 +127,7 @@ class Config:
     temperature: float = opt(0.0, "generate: 0 is greedy")
 
     def __post_init__(self):
-        for name in ("length", "d_model", "n_head", "steps", "batch", "accum", "log_every", "rows", "k", "r_bar"):
+        for name in ("block", "d_model", "n_head", "steps", "batch", "accum", "log_every", "rows", "k", "r_bar"):
             value = getattr(self, name)
             refuse(value < 1, f"--{name.replace('_', '-')} must be at least 1, got {value}")
         three = len(self.layers) == len(self.split) == 3
@@ -139,21 +139,21 @@ TEXT = {"task": "text", "recency": 0.0, "settle": 0.0}
 PRESETS = {
     "laptop": {},
     "bytes": TEXT | {
-        "data": ("sources",), "length": 128, "d_model": 96, "n_head": 3, "d_mlp": 256, "layers": (1, 2, 1),
+        "data": ("sources",), "block": 128, "d_model": 96, "n_head": 3, "ff": 256, "layers": (1, 2, 1),
         "rope_base": 1000.0, "r_bar": 4, "k": 3, "steps": 240, "batch": 16, "lr": 2e-3,
         "num_steps": (1, 2, 4, 8, 16, 32),
     },
     "heal": TEXT | {  # for mode retrofit
-        "length": 128, "r_bar": 4, "k": 4, "ramp": 0.25, "steps": 20, "batch": 4, "lr": 3e-4, "warmup": 2, "flat": 0.2,
+        "block": 128, "r_bar": 4, "k": 4, "ramp": 0.25, "steps": 20, "batch": 4, "lr": 3e-4, "warmup": 2, "flat": 0.2,
         "log_every": 1, "num_steps": (1, 2, 4, 8),
     },
     "gpu": TEXT | {
-        "data": ("sources",), "length": 512, "d_model": 768, "n_head": 12, "d_mlp": 2048, "layers": (2, 4, 2),
+        "data": ("sources",), "block": 512, "d_model": 768, "n_head": 12, "ff": 2048, "layers": (2, 4, 2),
         "rope_base": 10000.0, "r_bar": 8, "k": 4, "steps": 2000, "batch": 64, "lr": 4e-4, "warmup": 200,
         "dtype": "bfloat16", "num_steps": (1, 2, 4, 8, 16, 32),
     },
     "huginn-3.5b": TEXT | {  # the paper's sizes and optimizer; bring your own text
-        "length": 4096, "d_model": 5280, "n_head": 55, "d_mlp": 17920, "layers": (2, 4, 2), "rope_base": 50000.0,
+        "block": 4096, "d_model": 5280, "n_head": 55, "ff": 17920, "layers": (2, 4, 2), "rope_base": 50000.0,
         "r_bar": 32, "k": 8, "steps": 47000, "batch": 4096, "optimizer": "atan", "lr": 4e-5, "warmup": 4096,
         "flat": 1.0, "weight_decay": 4e-5, "clip": 1.0, "dtype": "bfloat16", "checkpointing": True,
         "num_steps": (1, 4, 8, 16, 32, 64),
@@ -1082,8 +1082,8 @@ class Text:
         ids = Tokenizer([]).encode(text) if tokenizer is None else torch.tensor(tokenizer.encode(text).ids)
         self.seed, self.tokenizer, self.vocab = cfg.seed, tokenizer, tokenizer.get_vocab_size() if tokenizer else 256
         self.train, self.held = ids.tensor_split([int(0.95 * len(ids))])
-        short = len(self.held) <= cfg.length
-        refuse(short, f"the text has {len(ids)} tokens, --length {cfg.length} needs {21 * cfg.length}. Add text.")
+        short = len(self.held) <= cfg.block
+        refuse(short, f"the text has {len(ids)} tokens, --block {cfg.block} needs {21 * cfg.block}. Add text.")
 
     def draw(self, rows: int, length: int, micro: int = -1) -> tuple[Tensor, Tensor]:
         """ids and labels (rows, length) at random places of the training text, or of the held-out text."""
@@ -1098,7 +1098,7 @@ class Text:
 
 # settings that change the numbers of a run; a checkpoint goes on only under the same ones
 FIXED = (
-    "task", "length", "data", "d_model", "n_head", "d_mlp", "layers", "rope_base", "recency", "r_bar", "k", "fixed_r",
+    "task", "block", "data", "d_model", "n_head", "ff", "layers", "rope_base", "recency", "r_bar", "k", "fixed_r",
     "ramp", "steps", "batch", "accum", "optimizer", "lr", "warmup", "flat", "settle", "settle_lr", "beta2",
     "weight_decay", "clip", "seed", "dtype", "split",
 )  # fmt: skip
@@ -1108,9 +1108,9 @@ def shape_of(cfg: Config, data) -> RecurrentConfig:
     """The model that the flags describe, for the vocabulary of `data`."""
     p, R, c = cfg.layers
     return RecurrentConfig(
-        n_embd=cfg.d_model, num_attention_heads=cfg.n_head, intermediate_size=cfg.d_mlp, n_layers_in_prelude=p,
+        n_embd=cfg.d_model, num_attention_heads=cfg.n_head, intermediate_size=cfg.ff, n_layers_in_prelude=p,
         n_layers_in_recurrent_block=R, n_layers_in_coda=c, mean_recurrence=cfg.r_bar, mean_backprop_depth=cfg.k,
-        vocab_size=data.vocab, n_out=data.n_out, block_size=max(1024, cfg.length), rope_base=cfg.rope_base,
+        vocab_size=data.vocab, n_out=data.n_out, block_size=max(1024, cfg.block), rope_base=cfg.rope_base,
         tie_embeddings=not data.n_out,
     )  # fmt: skip
 
@@ -1209,7 +1209,7 @@ class Trainer:
         """Forward pass of this rank's rows of a micro-step."""
         cfg, w = self.cfg, self.w
         rows = cfg.batch // cfg.accum
-        ids, labels = self.data.draw(rows, cfg.length, micro)  # (rows, T)
+        ids, labels = self.data.draw(rows, cfg.block, micro)  # (rows, T)
         e = torch.empty(1, ids.shape[1], self.model.cfg.n_embd)
         noise = lambda row: self.model.init_state(e, generator=cluster.generator(cfg.seed, 4, micro, row))
         s0 = torch.cat([noise(row) for row in range(w.rank, rows, w.size)])  # (rows / ranks, T, C)
@@ -1339,9 +1339,9 @@ def passes(acc: dict[int, float]) -> bool:
 
 def demo(cfg: Config, w: cluster.World) -> None:
     """Train a model per seed and one at fixed depth, then show what more iterations do to each."""
-    T, depths, data, tried = cfg.length, sorted({*cfg.num_steps}), Parity(cfg), []
+    T, depths, data, tried = cfg.block, sorted({*cfg.num_steps}), Parity(cfg), []
     refuse(cfg.task != "parity", "the demo is about parity. For text: python recurrent_depth.py train --preset bytes")
-    refuse(T < 4, f"the demo looks at quarters of its rows, --length {T} must be at least 4")
+    refuse(T < 4, f"the demo looks at quarters of its rows, --block {T} must be at least 4")
     need = sorted({1, 4, 12, 64} - set(depths))
     refuse(need, f"the demo needs the depths 1 4 12 64 among --num-steps, {need} are missing")
     run = report.Run(cfg.out, cfg, w)
@@ -1500,7 +1500,7 @@ def measure(cfg: Config, w: cluster.World, model: RecurrentDepthLM | None = None
     """Loss and accuracy of a model, by default --model, on held-out rows by depth; alarm if depth changes nothing."""
     model, data = (model, data) if model else open_both(cfg, w)
     rows = cfg.rows if data.n_out else min(cfg.rows, 64)
-    ids, labels = (x.to(w.device) for x in data.draw(rows, cfg.length))
+    ids, labels = (x.to(w.device) for x in data.draw(rows, cfg.block))
     right, loss = by_depth(model, ids, labels, sorted({*cfg.num_steps, model.cfg.mean_recurrence}))
     accuracy = {r: a.mean().item() for r, a in right.items()}
     lines = [["accuracy", *accuracy.values()], ["loss in nats", *loss.values()]]
@@ -1567,7 +1567,7 @@ def heal(cfg: Config, w: cluster.World) -> None:
 def inspect(cfg: Config, w: cluster.World) -> None:
     """By iteration: how alike positions are, how much states move, how far s_128 is, how far another start."""
     model, data = open_both(cfg, w)
-    ids = data.draw(8, cfg.length)[0].to(w.device)
+    ids = data.draw(8, cfg.block)[0].to(w.device)
     *_, (_, end) = unroll(model, ids, 128)
     gap, before, lines = path_independence(model, ids, cfg.num_steps), None, []
     for r, s in unroll(model, ids, max(cfg.num_steps)):
@@ -1622,12 +1622,12 @@ def bench(cfg: Config, w: cluster.World) -> None:
     found = {"decode": {n: {"seconds": t, "spread": spread} for n, (t, spread) in seconds.items()}}
     if (Path(cfg.model) / "config.json").exists():
         model, data = open_both(cfg, w)
-        rows = data.draw(64, cfg.length)
+        rows = data.draw(64, cfg.block)
         rules = {n: make(over="last") for n, make in EXITS.items()}
         rules |= {f"{n}, entropy < 0.1": make(over="last", max_entropy=0.1) for n, make in EXITS.items()}
         deep = by_depth(model, *rows, (32,))[0][32].mean().item()
         w.print(f"\n{cfg.model}: positions leave one by one; all 32 iterations give accuracy {deep:.3f}")
-        left = exit_table(w, model, {cfg.length: rows}, rules)[cfg.length]
+        left = exit_table(w, model, {cfg.block: rows}, rules)[cfg.block]
         found |= {"exits": [[n, *f[:2]] for n, f in left.items()], "accuracy_at_32": deep}
     if w.main:
         report.write_json(f"{cfg.out}/bench.json", found)

@@ -673,14 +673,14 @@ def test_resume_refuses_other_settings(change, tmp_path):
 
 def test_bench(tmp_path):
     """One rank: two rows of the grid with all eight columns in bench.json, and the products of two models."""
-    done = run_script("axonn.py", "bench", "--ranks", "1", "--seq", "16", "--batch", "2", "--out", str(tmp_path))
+    done = run_script("axonn.py", "bench", "--ranks", "1", "--block", "16", "--batch", "2", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "bench.json").read_text())
     assert [r["overlap"] for r in found["grids"]] == ["off", "on"] and len(found["products"]) == 2 * 4 * 3
     assert all(len(r) == 8 and float(r["hardware TFLOP/s"]) >= 0 for r in found["grids"])
 
 
-SMALL = ["--vocab", "300", "--seq", "16", "--batch", "4", "--device", "cpu", "--grid", "1", "2", "1", "1"]
+SMALL = ["--vocab", "300", "--block", "16", "--batch", "4", "--device", "cpu", "--grid", "1", "2", "1", "1"]
 
 
 def _metrics(folder):

@@ -601,7 +601,7 @@ def test_atan_adam_by_hand():
 
 # ---- ranks, resume
 
-SMALL = R.Config(length=8, batch=8, steps=6, d_model=16, d_mlp=24, r_bar=3, k=2, warmup=1, settle=9.0, log_every=1)
+SMALL = R.Config(block=8, batch=8, steps=6, d_model=16, ff=24, r_bar=3, k=2, warmup=1, settle=9.0, log_every=1)
 
 
 def _gradients(rank, size, out):
@@ -638,7 +638,7 @@ def test_two_ranks_match_one(tmp_path):
     close(two["p"], one["p"], 1e-6)
 
 
-FLAGS = "--length 8 --settle 0.69 --batch 8 --d-model 16 --d-mlp 24 --r-bar 3 --k 2 --log-every 1 --rows 32".split()
+FLAGS = "--block 8 --settle 0.69 --batch 8 --d-model 16 --ff 24 --r-bar 3 --k 2 --log-every 1 --rows 32".split()
 
 
 def _metrics(folder) -> list[dict]:
@@ -742,7 +742,7 @@ def test_alarms():
 
 
 def test_text_rows():
-    cfg = replace(SMALL, task="text", data=("docs",), length=16)
+    cfg = replace(SMALL, task="text", data=("docs",), block=16)
     data = R.Text(cfg)
     ids, labels = data.draw(4, 16, 5)
     assert ids.shape == labels.shape == (4, 16) and torch.equal(ids[:, 1:], labels[:, :-1])
@@ -817,7 +817,7 @@ def test_bad_configs(changes, message):
         (["train", "--layers", "1", "1"], "three numbers"),
         (["train", "--d-model", "65"], "65 is not a multiple of"),
         (["train", "--layers", "1", "0", "1"], "the core has 0 layers"),
-        (["demo", "--length", "3"], "--length 3 must be at least 4"),
+        (["demo", "--block", "3"], "--block 3 must be at least 4"),
         (["generate", "--model", "tiny", "--temperature", "-1"], "temperature must be >= 0"),
         (["generate", "--model", "tiny", "--budget", "-1"], "budget counts whole iterations"),
         (["generate", "--model", "tiny", "--draft", "2", "--warm-start"], "needs greedy decoding"),
@@ -864,7 +864,7 @@ def test_each_seed_of_the_demo_has_its_own_rows(tmp_path, monkeypatch, capsys):
 @pytest.mark.drill
 def test_demo_shortened(tmp_path):
     """The whole path of the demo; accuracy rises with depth on rows half as long, in a tenth of the time."""
-    argv = "--length 12 --steps 240 --seeds 0 --rows 64 --log-every 20".split()
+    argv = "--block 12 --steps 240 --seeds 0 --rows 64 --log-every 20".split()
     done = run_script("recurrent_depth.py", "demo", *argv, "--device", "cpu", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     for part in ("control:", "rows longer", "exit,", "path independence", "speculative", "claim:"):

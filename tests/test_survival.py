@@ -21,9 +21,9 @@ from common import claims
 TRAIN = {
     "abacus": "--d-model 32 --n-head 2 --ff 32 --n-layer 1 --digits 2 --max-offset 3 --batch 16 --short 20 --probe 2 "
     "--probe-every 50 --per-length 16 --steps 300 --save-every 20 --log-every 1",
-    "axonn": "--vocab 300 --seq 16 --batch 4 --steps 60 --save-every 7",
+    "axonn": "--vocab 300 --block 16 --batch 4 --steps 60 --save-every 7",
     "goldfish": "--d-model 32 --n-layer 1 --vocab 300 --log-every 1 --steps 150 --save-every 10",
-    "recurrent_depth": "--length 8 --settle 0.69 --batch 8 --d-model 16 --d-mlp 24 --r-bar 3 --k 2 --rows 32 "
+    "recurrent_depth": "--block 8 --settle 0.69 --batch 8 --d-model 16 --ff 24 --r-bar 3 --k 2 --rows 32 "
     "--log-every 1 --steps 150 --save-every 10",
     "slimadam": "--warmup 2 --chars 200000 --d-model 16 --n-head 2 --block 16 --steps 300 --save-every 20 "
     "--log-every 1",
