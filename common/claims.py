@@ -133,9 +133,11 @@ def main(argv: list[str] | None = None) -> int:
     for name in names:
         found[name] = x = run_demo(name, args.limit)
         print(f"{name}: {'holds' if x['holds'] else 'DOES NOT HOLD'} after {x['seconds']:.0f} s", flush=True)
-    cells = [[n, x["claim"], x["paper"], x["here"], "yes" if x["holds"] else "NO", x["setting"], f"{x['seconds']:.0f}"]
-             for n, x in found.items()]  # fmt: skip
+    short = lambda text: text if len(text) <= 36 else text[:33] + "..."  # whole in each script's claim.json
+    cells = [[n, *(short(x[k]) for k in ("claim", "paper", "here")), "yes" if x["holds"] else "NO", short(x["setting"]),
+              f"{x['seconds']:.0f}"] for n, x in found.items()]  # fmt: skip
     print("\n" + report.table(["script", "claim", "paper", "here", "holds", "setting", "seconds"], cells))
+    print("whole claims: results/*/claim.json")
     if args.write:
         write(found)
         print("written: docs/claims.md, README.md, docs/*.png")
