@@ -43,6 +43,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
@@ -68,7 +70,7 @@ class Config:
     clip: float = opt(1.0, "largest gradient norm; 0 is off")
     nonfinite: str = opt("propagate", "what Inf or NaN gradients do", choices=("propagate", "skip", "raise"))
     weights: str = opt(
-        "float32", "dtype of the weights; bfloat16 rounds stochastically", choices=("float32", "bfloat16")
+        "float32", "dtype of the weights; bfloat16: stochastic rounding", choices=("float32", "bfloat16")
     )
     # measuring
     lrs: tuple = opt((3e-4, 1e-3, 3e-3, 1e-2), "demo: the sweep; SNR is measured on Adam at the first")
@@ -153,12 +155,9 @@ def snr(v: Tensor, dims) -> float:
     v: any shape, also a DTensor (then collective). NaN when no line is left. Scale-free, as v is divided by its peak.
     """
     K = legal_rule(dims if isinstance(dims, tuple) else (dims,), "v", v.shape)
-    inside, across, x = (), (), v.detach()
-    if isinstance(x, DTensor):
-        shards = _shards(x)
-        inside = tuple(g for g, d in shards if d in K)
-        across, x = tuple(g for g, d in shards if d not in K), x.to_local()
-    x, n = x.double(), math.prod(v.shape[d] for d in K)
+    shards = _shards(v) if isinstance(v, DTensor) else []
+    inside, across = (tuple(g for g, d in shards if (d in K) is along) for along in (True, False))
+    x, n = _local(v.detach()).double(), math.prod(v.shape[d] for d in K)
     peak = x.max() if x.numel() else x.new_zeros(())
     for group in (*inside, *across):
         dist.all_reduce(peak, dist.ReduceOp.MAX, group)
@@ -191,24 +190,22 @@ def derive_rules(
     """
     if select not in ("max_snr", "max_saving") or candidates not in ("fans", "all_subsets"):
         raise ValueError(f"select {select!r}, candidates {candidates!r}: know max_snr, max_saving; fans, all_subsets")
-    keys = {name: _star(name) if depth_average else name for name in mean_snr}
+    key = _star if depth_average else str
     pooled: dict = {}
     for name, table in mean_snr.items():
         for K, value in table.items():
-            pooled.setdefault(keys[name], {}).setdefault(tuple(K), []).append(value)
-    rules = {}
-    for name in mean_snr:
-        table = {K: _nanmean(values) for K, values in pooled[keys[name]].items()}
-        ndim = len(shapes[name]) if shapes else 1 + max((d for K in table for d in K), default=-1)
+            pooled.setdefault(key(name), {}).setdefault(tuple(K), []).append(value)
+
+    def choose(table: dict, shape) -> tuple | None:
+        ndim = len(shape) if shape else 1 + max((d for K in table for d in K), default=-1)
         fans = [(0,), tuple(range(1, ndim)), tuple(range(ndim))]
         order = sorted(table, key=lambda K: (len(K), K)) if candidates == "all_subsets" else fans
-        good = [K for K in order if ndim > 1 and table.get(K, math.nan) > cutoff]
-        left = lambda K, name=name: (
-            math.prod(n for d, n in enumerate(shapes[name]) if d not in K) if shapes else -len(K)
-        )
-        rank = (lambda K, t=table: -t[K]) if select == "max_snr" else (lambda K, t=table, left=left: (left(K), -t[K]))
-        rules[name] = min(good, key=rank, default=None)
-    return rules
+        kept = lambda K: math.prod(kept_shape(shape, K)) if shape else -len(K)
+        rank = (lambda K: -table[K]) if select == "max_snr" else (lambda K: (kept(K), -table[K]))
+        return min((K for K in order if ndim > 1 and table.get(K, math.nan) > cutoff), key=rank, default=None)
+
+    means = {k: {K: _nanmean(values) for K, values in table.items()} for k, table in pooled.items()}
+    return {name: choose(means.get(key(name), {}), shapes and shapes[name]) for name in mean_snr}
 
 
 def _nanmean(values: list) -> float:
@@ -274,81 +271,71 @@ def layer_type(name: str) -> str | None:
         return "patch"
     if parts == ["output", "weight"]:
         return "head"
-    found = [
-        (len(run), i, kind)
-        for kind, run in RUNS
-        for i in range(len(parts))
-        if parts[i : i + len(run)] == run
-    ]  # fmt: skip
+    found = [(len(run), i, k) for k, run in RUNS for i in range(len(parts)) if parts[i : i + len(run)] == run]
     return max(found)[2] if found else None
 
 
-def _named(source) -> tuple[list[tuple[str, Tensor]], dict]:
-    """(name, tensor) pairs of a module or of pairs, and the owning module of each name where it is known."""
-    if not isinstance(source, nn.Module):
-        return list(source), getattr(source, "owners", {})
-    owners = {id(p): m for m in reversed(list(source.modules())) for p in m._parameters.values() if p is not None}
-    pairs = list(source.named_parameters())
-    return pairs, {clean(name): owners[id(p)] for name, p in pairs}
+def owners_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The module that holds each parameter, by the parameter's clean name."""
+    held = {id(p): m for m in reversed(list(model.modules())) for p in m._parameters.values() if p is not None}
+    return {clean(name): held[id(p)] for name, p in model.named_parameters()}
 
 
-def _kind(name: str, owner: nn.Module | None) -> str | None:
-    """layer_type, corrected by the module's own type."""
-    kind = layer_type(name)
-    if isinstance(owner, nn.Embedding) and kind != "position":
-        return "embedding"
-    return "norm" if "Norm" in type(owner).__name__ else kind
+def describe(source, owners: dict | None = None) -> list[tuple]:
+    """(clean name, tensor, layer type, True if it stores (in, out)) for a module or its named_parameters().
 
-
-def _swapped(name: str, owner: nn.Module | None, kind: str | None, transposed: bool) -> bool:
-    """True if the tensor stores (in, out)."""
-    if isinstance(owner, nn.Embedding) or (owner is None and kind == "embedding"):
-        return True
-    old_gpt2 = transposed and any(part in ("c_attn", "c_proj", "c_fc") for part in name.split("."))
-    return old_gpt2 or "Conv1D" in type(owner).__name__ or "ConvTranspose" in type(owner).__name__
+    The type of the owning module, where it is known, goes before the name.
+    """
+    if isinstance(source, nn.Module):
+        source, owners = source.named_parameters(), owners_of(source)
+    pairs, out = [(clean(name), p) for name, p in source], []
+    # GPT-2 as Hugging Face stores it, (in, out), is seen by its fused c_attn
+    gpt2 = any("c_attn" in n.split(".") and p.ndim == 2 and p.shape[1] == 3 * p.shape[0] for n, p in pairs)
+    for name, p in pairs:
+        kind, owner = layer_type(name), (owners or {}).get(name)
+        table, module = isinstance(owner, nn.Embedding), type(owner).__name__
+        if table and kind != "position":
+            kind = "embedding"
+        elif "Norm" in module:
+            kind = "norm"
+        swapped = table or "Conv1D" in module or "ConvTranspose" in module or (owner is None and kind == "embedding")
+        swapped |= gpt2 and not {"c_attn", "c_proj", "c_fc"}.isdisjoint(name.split("."))
+        out.append((name, p, kind, swapped))
+    return out
 
 
 def _fan(swapped: bool, ndim: int, which: str) -> tuple:
-    out = 1 if swapped else 0
-    return (out,) if which == "out" else tuple(d for d in range(ndim) if d != out)
+    return (int(swapped),) if which == "out" else tuple(d for d in range(ndim) if d != int(swapped))
 
 
-def _transposed(pairs: list) -> bool:
-    """True for GPT-2 as Hugging Face stores it, (in, out), seen by its fused c_attn."""
-    return any("c_attn" in n.split(".") and p.ndim == 2 and p.shape[1] == 3 * p.shape[0] for n, p in pairs)
-
-
-def default_rules(source) -> dict:
+def default_rules(source, owners: dict | None = None) -> dict:
     """The static table: {name: rule} by layer type, for a module or its named_parameters().
 
     Fused [Q; K; V] gets blocks when its rows are 3 x its columns, else one value per output, which never mixes the
     three. Tensors with fewer than two axes and norms: None. Unknown names: None, with one warning that lists them.
     """
-    pairs, owners = _named(source)
-    transposed, rules, unknown = _transposed(pairs), {}, []
-    for full, p in pairs:
-        name, shape = clean(full), tuple(p.shape)
-        owner = owners.get(name)
-        kind, ndim = _kind(name, owner), len(shape)
-        fan = functools.partial(_fan, _swapped(name, owner, kind, transposed), ndim)
-        rules[name] = None
+    rules, unknown, total = {}, {}, 0
+    for name, p, kind, swapped in describe(source, owners):
+        ndim, rules[name] = p.ndim, None
+        total += p.numel()
         if ndim < 2 or kind == "norm":
             continue
-        matrix = ndim == 2 or kind in ("position", "patch")
-        if kind == "gate" and name.endswith(".gate.weight") and shape[0] < shape[1]:
-            matrix = False  # a router over experts, not a gate of the MLP
-        if kind == "qkv" and matrix:
-            third = ((shape[0] // 3, (1,)), (shape[0] // 3, (1,)), (shape[0] // 3, (0,)))
-            rules[name] = third if shape[0] == 3 * shape[1] and fan("in") == (1,) else fan("in")
-        elif kind == "gate_up" and matrix and shape[0] % 2 == 0:
-            rules[name] = ((shape[0] // 2, (0,)), (shape[0] // 2, (0,)))
-        elif kind in STATIC and matrix:
-            rules[name] = (ndim - 1,) if STATIC[kind] == "last" else fan(STATIC[kind])
+        n = p.shape[0]
+        router = kind == "gate" and name.endswith(".gate.weight") and n < p.shape[1]  # over experts, not of the MLP
+        if (ndim > 2 and kind not in ("position", "patch")) or router:
+            kind = None
+        if kind == "qkv":
+            thirds = n == 3 * p.shape[1] and not swapped
+            rules[name] = ((n // 3, (1,)), (n // 3, (1,)), (n // 3, (0,))) if thirds else _fan(swapped, ndim, "in")
+        elif kind == "gate_up" and n % 2 == 0:
+            rules[name] = ((n // 2, (0,)), (n // 2, (0,)))
+        elif kind in STATIC:
+            rules[name] = (ndim - 1,) if STATIC[kind] == "last" else _fan(swapped, ndim, STATIC[kind])
         else:
-            unknown.append((name, p.numel()))
+            unknown[name] = p.numel()
     if unknown:
-        share = sum(n for _, n in unknown) / max(1, sum(p.numel() for _, p in pairs))
-        names = ", ".join(n for n, _ in unknown[:8]) + (", ..." if len(unknown) > 8 else "")
+        names = ", ".join([*unknown][:8]) + (", ..." if len(unknown) > 8 else "")
+        share = sum(unknown.values()) / max(1, total)
         warnings.warn(
             f"no rule for {len(unknown)} unknown names, {share:.1%} of the weights, which keep all of v: {names}. "
             f"Measure rules with `derive`, or pass a dict.",
@@ -357,20 +344,15 @@ def default_rules(source) -> dict:
     return rules
 
 
-def adalayer_rules(source, keep: tuple = ("embedding", "head", "norm")) -> dict:
+def adalayer_rules(source, keep: tuple = ("embedding", "head", "norm"), owners: dict | None = None) -> dict:
     """AdaLayer: one scalar per tensor, but for the layer types in `keep`, which stay Adam."""
-    pairs, owners = _named(source)
-    kinds = {clean(n): _kind(clean(n), owners.get(clean(n))) for n, _ in pairs}
-    return {clean(n): None if kinds[clean(n)] in keep else tuple(range(p.ndim)) or None for n, p in pairs}
+    return {n: None if kind in keep else tuple(range(p.ndim)) or None for n, p, kind, _ in describe(source, owners)}
 
 
 def adam_mini_rules(source, head_dim: int) -> dict:
     """Adam-mini: one scalar per attention head for query and key, one number per row elsewhere, biases full."""
-    pairs, owners = _named(source)
     rules = {}
-    for full, p in pairs:
-        name = clean(full)
-        kind = _kind(name, owners.get(name))
+    for name, p, kind, _ in describe(source):
         if kind in ("query", "key") and p.ndim == 2 and p.shape[0] % head_dim == 0:
             rules[name] = ((head_dim, (0, 1)),) * (p.shape[0] // head_dim)
         elif kind in ("embedding", "head", "value", "output", "up", "gate", "down") and p.ndim == 2:
@@ -382,14 +364,13 @@ def adam_mini_rules(source, head_dim: int) -> dict:
 
 def legal_rule(rule, name: str, shape, swapped: bool = False):
     """Bring a rule to its one form: None, a sorted tuple of axes, or blocks. ValueError: it does not fit the shape."""
-    shape = tuple(shape)
-    ndim, word = len(shape), rule if isinstance(rule, str) else None
-    if word in WORDS:
-        axes = {"none": (), "both": tuple(range(ndim))}.get(word) or ()
-        rule = _fan(swapped, ndim, word[4:]) if word.startswith("fan") else axes
+    shape, ndim = tuple(shape), len(shape)
+    if isinstance(rule, str) and rule in WORDS:
+        fan = {"none": (), "both": tuple(range(ndim))}
+        rule = fan[rule] if rule in fan else _fan(swapped, ndim, rule[4:])
     if rule is None:
         return None
-    rule = (rule,) if isinstance(rule, int) and not isinstance(rule, bool) else rule
+    rule = (rule,) if type(rule) is int else rule
     whole = isinstance(rule, (list, tuple))
     if whole and rule and all(isinstance(b, (list, tuple)) and len(b) == 2 for b in rule):
         sizes = [rows for rows, _ in rule]
@@ -403,60 +384,62 @@ def legal_rule(rule, name: str, shape, swapped: bool = False):
     )
 
 
+def _in_blocks(rule) -> bool:
+    return bool(rule) and isinstance(rule[0], tuple)
+
+
 def kept_shape(shape, rule) -> tuple:
     """Shape of v under a rule; the numbers of blocks lie one after the other."""
-    if rule and isinstance(rule[0], tuple):
+    if _in_blocks(rule):
         return (sum(math.prod(kept_shape((n, *shape[1:]), K)) for n, K in rule),)
     return tuple(1 if d in (rule or ()) else n for d, n in enumerate(shape))
 
 
-def _average(v: Tensor, shape, old, new) -> Tensor:
+def _average(v: Tensor, old, new) -> Tensor:
     """v under `old`, brought to the coarser `new`. ValueError: new is not coarser."""
-    blocks = new and isinstance(new[0], tuple)
-    finer = old is None or (not isinstance(old[0], tuple) and not blocks and set(old) <= set(new or ()))
     if old == new:
         return v.clone()
-    if not finer:
+    if old is not None and (_in_blocks(old) or _in_blocks(new) or not set(old) <= set(new or ())):
         raise ValueError(f"v averaged over {old} cannot become {new}: only coarser axes keep it exact")
-    if not blocks:
+    if not _in_blocks(new):
         return v.mean(new, keepdim=True)
     v = v.full_tensor() if isinstance(v, DTensor) else v
     parts = v.split([n for n, _ in new])
     return torch.cat([(x.mean(K, keepdim=True) if K else x).flatten() for x, (_, K) in zip(parts, new, strict=True)])
 
 
-def match_rules(rules: dict, named: list[tuple[str, Tensor]], strict: bool, complete: bool = True) -> list:
-    """The given rule for each (name, tensor), exact names before '*' patterns. ValueError: names that do not meet.
+def match_rules(rules: dict, names: list[str], strict: bool, complete: bool = True) -> list:
+    """The given rule for each name, exact ones before '*' patterns. ValueError: names that do not meet.
 
     complete=False allows rules for tensors that are not there (a group added later).
     """
-    known, used, out, missing = {clean(k): r for k, r in rules.items()}, set(), [], []
+    known, keys = {clean(k): r for k, r in rules.items()}, []
     stars = {k: re.compile(re.escape(k).replace(r"\*", r"\d+")) for k in known if "*" in k.split(".")}
-    for name, _ in named:
-        fits = (k for k, pattern in stars.items() if pattern.fullmatch(clean(name)))
-        key = clean(name) if clean(name) in known else next(fits, None)
-        used.add(key)
-        out.append(known.get(key))
-        if key is None:
-            missing.append(clean(name))
-    have = [clean(n) for n, _ in named]
-    extra = [k for k in known if k not in used] if complete else []
-    for names, others, text in ((extra, have, "rules name"), (missing, list(known), "no rule for")):
-        if names:
-            near = [(n, get_close_matches(n, others, 1, 0)) for n in names[:5]]
-            listed = "; ".join(n + (f" (closest: {c[0]})" if c else "") for n, c in near)
-            message = (
-                f"{text} {len(names)} tensors {'not in the model' if names is extra else 'of the model'}: {listed}"
-            )
-            if strict:
-                raise BadInput(f"{message}. Mend the names, or pass strict=False to keep all of v where none fits.")
+    for name in names:
+        fits = (k for k, pattern in stars.items() if pattern.fullmatch(name))
+        keys.append(name if name in known else next(fits, None))
+    extra = [k for k in known if k not in keys] if complete else []
+    missing = [name for name, key in zip(names, keys, strict=True) if key is None]
+    for lost, others, text in (
+        (extra, names, "rules name {} tensors not in the model: "),
+        (missing, list(known), "no rule for {} tensors of the model: "),
+    ):
+        near = [(n, get_close_matches(n, others, 1, 0)) for n in lost[:5]]
+        message = text.format(len(lost)) + "; ".join(n + (f" (closest: {c[0]})" if c else "") for n, c in near)
+        if lost and strict:
+            raise BadInput(f"{message}. Mend the names, or pass strict=False to keep all of v where none fits.")
+        if lost:
             warnings.warn(message, stacklevel=4)
-    return out
+    return [known.get(key) for key in keys]
 
 
 def save_rules(rules: dict, path) -> None:
     """Write {name: rule} as JSON, names sorted, lists for tuples."""
     report.write_json(path, {clean(k): rules[k] for k in sorted(rules)})
+
+
+def _tuples(rule):
+    return tuple(_tuples(x) for x in rule) if isinstance(rule, (list, tuple)) else rule
 
 
 def load_rules(path) -> dict:
@@ -467,8 +450,7 @@ def load_rules(path) -> dict:
         raise BadInput(f"cannot read rules from {path}: {e}. Give default, adam, adalayer or a JSON file.") from e
     if not isinstance(rules, dict):
         raise BadInput(f"{path} holds a {type(rules).__name__}, not an object of name -> axes")
-    deep = lambda r: tuple(deep(x) for x in r) if isinstance(r, list) else r
-    return {name: deep(rule) for name, rule in rules.items()}
+    return {name: _tuples(rule) for name, rule in rules.items()}
 
 
 # ---- the optimizer
@@ -489,6 +471,10 @@ def _mix(z):
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
+def _key(seed: int, index: int) -> int:
+    return int(_mix(torch.tensor(_int64(seed * _GOLDEN + index))))
+
+
 def stochastic_round(x: Tensor, where: Tensor, seed: int, t: int, index: int) -> Tensor:
     """x float32 -> bfloat16, up or down with the probability that keeps the mean. Inf and NaN stay.
 
@@ -500,10 +486,6 @@ def stochastic_round(x: Tensor, where: Tensor, seed: int, t: int, index: int) ->
     bits = x.contiguous().view(torch.int32)
     up = ((bits + noise.int()) & -65536).view(torch.float32)
     return torch.where(x.isfinite(), up, x).to(torch.bfloat16)
-
-
-def _key(seed: int, index: int) -> int:
-    return int(_mix(torch.tensor(_int64(seed * _GOLDEN + index))))
 
 
 @dataclass(eq=False)
@@ -529,7 +511,7 @@ class Piece:
     first: bool  # the piece that advances the tensor's step
     decays: bool  # weight decay applies
     g: Tensor | None = None
-    mode: int = -1  # of the Triton step; -1: it cannot take this piece
+    triton: bool = False  # the Triton step can take it
 
     def where(self, rows: slice, device) -> Tensor:
         """Places of p[rows]'s entries in the whole tensor."""
@@ -543,14 +525,12 @@ class Piece:
 
 def _matrix(shape: tuple, K: tuple) -> tuple[int, int, int]:
     """(mode, rows, cols) of the Triton step for a tensor averaged over K; mode -1 when K is not at one end."""
-    n, ndim = math.prod(shape), len(shape)
-    if not K or len(K) == ndim:
-        return (kernels.SCALAR if K else kernels.FULL), 1, n
-    if K == tuple(range(ndim - len(K), ndim)):
-        return kernels.ROW, math.prod(shape[: -len(K)]), math.prod(shape[-len(K) :])
-    if K == tuple(range(len(K))):
-        return kernels.COL, math.prod(shape[: len(K)]), math.prod(shape[len(K) :])
-    return -1, 0, 0
+    ndim, k = len(shape), len(K)
+    if k in (0, ndim):
+        return (kernels.SCALAR if K else kernels.FULL), 1, math.prod(shape)
+    if K == tuple(range(ndim - k, ndim)):
+        return kernels.ROW, math.prod(shape[:-k]), math.prod(shape[-k:])
+    return (kernels.COL if K == tuple(range(k)) else -1), math.prod(shape[:k]), math.prod(shape[k:])
 
 
 class SlimAdamW(torch.optim.Optimizer):
@@ -567,7 +547,8 @@ class SlimAdamW(torch.optim.Optimizer):
     stochastic_rounding   of bfloat16 weights, the same on any number of ranks
     max_grad_norm         clip by the global norm inside the step; grad_norm then holds the last norm
     nonfinite             Inf or NaN in a gradient: "propagate" as AdamW, "skip" the step, "raise". One NaN reaches all
-                          weights that share its v. Torch path on a GPU: checked with a synchronisation; raise: always.
+                          weights that share its v. On a GPU the torch path waits for the flag and the clip factor, and
+                          raise always does.
 
     State per tensor: step (float32), exp_avg, exp_avg_sq (length 1 along K; blocks one after the other), DTensors for
     DTensors. With sharded tensors a step makes one all-reduce of one flat buffer; every rank must have the same
@@ -586,8 +567,7 @@ class SlimAdamW(torch.optim.Optimizer):
             raise BadInput(f"max_grad_norm must be above 0 or None, got {max_grad_norm}")
         if not state_dtype.is_floating_point:
             raise ValueError(f"state_dtype must be a floating type, got {state_dtype}")
-        if isinstance(rules, (str, Path)) and rules not in SETS:
-            rules = load_rules(rules)
+        rules = _read_rules(rules)
         self._slim = {
             "rules": rules, "decay_1d": decay_1d, "strict": strict, "fused": fused, "state_dtype": state_dtype,
             "stochastic_rounding": stochastic_rounding, "max_grad_norm": max_grad_norm, "nonfinite": nonfinite,
@@ -595,10 +575,9 @@ class SlimAdamW(torch.optim.Optimizer):
         }  # fmt: skip
         self._ready, self._owners = False, {}
         if isinstance(params, nn.Module):
-            params, self._owners = _named(params)
-        params = list(params)
-        if not params or all(isinstance(x, dict) and not (x["params"] if isinstance(x["params"], Tensor) else
-                                                          _listed(x)) for x in params):  # fmt: skip
+            params, self._owners = params.named_parameters(), owners_of(params)
+        params = [{**x, "params": _listed(x["params"])} if isinstance(x, dict) else x for x in params]
+        if not any(x["params"] if isinstance(x, dict) else True for x in params):
             raise ValueError("empty parameter list: give model.named_parameters(), which had nothing left to give here")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize))
         self._resolve(self.param_groups, rules)
@@ -608,9 +587,7 @@ class SlimAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, group: dict) -> None:
         """As in torch, with names; the tensors take the rules given at construction."""
-        group = dict(group)
-        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else _listed(group)
-        seen = set()
+        group, seen = {**group, "params": _listed(group["params"])}, set()
         for i, item in enumerate(group["params"]):
             name, p = item if isinstance(item, tuple) else (f"tensor {i}", item)
             if isinstance(p, Tensor):
@@ -625,22 +602,19 @@ class SlimAdamW(torch.optim.Optimizer):
 
     def _resolve(self, groups: list[dict], rules, complete: bool = True) -> None:
         """Give every group its list of rules."""
-        named = []
-        for group in groups:
-            if "param_names" not in group and rules != "adam":
-                raise ValueError("rules need names: pass model.named_parameters() and not model.parameters()")
-            names = group.get("param_names") or [f"tensor {i}" for i in range(len(group["params"]))]
-            named += list(zip(names, group["params"], strict=True))
-        if isinstance(rules, str):
-            source = _Source(named, self._owners)
-            made = {"default": default_rules, "adalayer": adalayer_rules, "adam": lambda s: {}}[rules](source)
-            found = [made.get(clean(n)) for n, _ in named]
+        if rules != "adam" and not all("param_names" in group for group in groups):
+            raise ValueError("rules need names: pass model.named_parameters() and not model.parameters()")
+        named = [pair for group in groups for pair in zip(_names(group), group["params"], strict=True)]
+        names = [clean(n) for n, _ in named]
+        if rules == "adam":
+            found = [None] * len(names)
+        elif isinstance(rules, str):
+            made = {"default": default_rules, "adalayer": adalayer_rules}[rules](named, owners=self._owners)
+            found = [made[n] for n in names]
         else:
-            found = match_rules(rules, named, self._slim["strict"], complete)
-        transposed, legal = _transposed(named), []
-        for (name, p), rule in zip(named, found, strict=True):
-            owner = self._owners.get(clean(name))
-            swapped = _swapped(clean(name), owner, _kind(name, owner), transposed)
+            found = match_rules(rules, names, self._slim["strict"], complete)
+        legal = []
+        for (name, p, _, swapped), rule in zip(describe(named, self._owners), found, strict=True):
             legal.append(legal_rule(rule, name, p.shape, swapped))
             if self._slim["fused"] and not (kernels.runs_on(p.device) and p.dtype in TRITON_DTYPES):
                 raise ValueError(
@@ -652,37 +626,30 @@ class SlimAdamW(torch.optim.Optimizer):
         self._plan = None
 
     def _named(self) -> list[tuple]:
-        """(group, place in it, name, tensor, rule) of every tensor."""
-        return [
-            (g, i, g["param_names"][i] if "param_names" in g else f"tensor {i}", p, g["rules"][i])
-            for g in self.param_groups
-            for i, p in enumerate(g["params"])
-        ]
+        """(group, name, tensor, rule) of every tensor."""
+        return [(g, *x) for g in self.param_groups for x in zip(_names(g), g["params"], g["rules"], strict=True)]
 
     def rules(self) -> dict:
         """{name: rule} as used, with axes as integers."""
-        return {clean(name): rule for _, _, name, _, rule in self._named()}
+        return {clean(name): rule for _, name, _, rule in self._named()}
 
     @torch.no_grad()
     def compress_(self, rules) -> None:
         """Change to coarser rules in mid-run; exact, as v becomes the mean of what it was. ValueError: not coarser."""
-        before = [(group, i, p, rule) for group, i, _, p, rule in self._named()]
+        rules, before, new = _read_rules(rules), self._named(), []
         lists = [group["rules"] for group in self.param_groups]
-        given = load_rules(rules) if isinstance(rules, (str, Path)) and rules not in SETS else rules
         try:
-            self._resolve(self.param_groups, given)
-            new = []
-            for group, i, p, old in before:
+            self._resolve(self.param_groups, rules)
+            for (_, _, p, old), (_, _, _, rule) in zip(before, self._named(), strict=True):
                 if "exp_avg_sq" in self.state.get(p, {}):
-                    v = _average(self.state[p]["exp_avg_sq"], p.shape, old, group["rules"][i])
-                    new.append((p, self._place(v, p, group["rules"][i])))
+                    new.append((p, self._place(_average(self.state[p]["exp_avg_sq"], old, rule), p, rule)))
         except ValueError:
             for group, kept in zip(self.param_groups, lists, strict=True):
                 group["rules"] = kept
             raise
         for p, v in new:
             self.state[p]["exp_avg_sq"] = v
-        self._slim["rules"], self._plan = given, None
+        self._slim["rules"] = rules
 
     def memory_report(self) -> dict:
         """Numbers in v and what the rules save, from shapes alone. bytes: m and v together, over all ranks.
@@ -690,7 +657,7 @@ class SlimAdamW(torch.optim.Optimizer):
         saved: part of v. saved_state: of m and v. saved_training: of weights, gradients, m and v (no activations).
         """
         total = kept = size = full = training = 0
-        for _, _, _, p, rule in self._named():
+        for _, _, p, rule in self._named():
             if p.requires_grad:
                 n, left = p.numel(), math.prod(kept_shape(p.shape, rule))
                 m, v = (t.itemsize for t in self._dtypes(p))
@@ -711,27 +678,30 @@ class SlimAdamW(torch.optim.Optimizer):
     @staticmethod
     def _placements(p: DTensor, rule) -> list:
         """Of v: sharded like p, but whole along the axes averaged over, and for blocks."""
-        blocks = bool(rule) and isinstance(rule[0], tuple)
-        return [s if s.is_shard() and not blocks and s.dim not in (rule or ()) else Replicate() for s in p.placements]
+        whole = lambda s: not s.is_shard() or _in_blocks(rule) or s.dim in (rule or ())
+        return [Replicate() if whole(s) else s for s in p.placements]
 
     def _place(self, v: Tensor, p: Tensor, rule) -> Tensor:
         """v as a DTensor if p is one."""
         if not isinstance(p, DTensor):
             return v
         mesh, placements = p.device_mesh, self._placements(p, rule)
-        whole = isinstance(v, DTensor)
-        return v.redistribute(mesh, placements) if whole else distribute_tensor(v, mesh, placements, src_data_rank=None)
+        if isinstance(v, DTensor):
+            return v.redistribute(mesh, placements)
+        return distribute_tensor(v, mesh, placements, src_data_rank=None)
 
-    def _init_state(self, p: Tensor, rule) -> dict:
-        state, (m, v), shape = self.state[p], self._dtypes(p), kept_shape(p.shape, rule)
-        state["step"] = torch.zeros((), device=p.device if self._wants_triton(p) else "cpu")
-        state["exp_avg"] = torch.zeros_like(p, dtype=m, memory_format=torch.preserve_format)
+    def _init_state(self, p: Tensor, rule) -> None:
+        (m, v), shape = self._dtypes(p), kept_shape(p.shape, rule)
         if isinstance(p, DTensor):
-            where = {"device_mesh": p.device_mesh, "placements": self._placements(p, rule)}
-            state["exp_avg_sq"] = torch.distributed.tensor.zeros(shape, dtype=v, **where)
+            place = {"device_mesh": p.device_mesh, "placements": self._placements(p, rule)}
+            second = torch.distributed.tensor.zeros(shape, dtype=v, **place)
         else:
-            state["exp_avg_sq"] = torch.zeros(shape, dtype=v, device=p.device)
-        return state
+            second = torch.zeros(shape, dtype=v, device=p.device)
+        self.state[p] |= {
+            "step": torch.zeros((), device=p.device if self._wants_triton(p) else "cpu"),
+            "exp_avg": torch.zeros_like(p, dtype=m, memory_format=torch.preserve_format),
+            "exp_avg_sq": second,
+        }
 
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_slim": self._slim}
@@ -747,51 +717,44 @@ class SlimAdamW(torch.optim.Optimizer):
 
         ValueError: names that differ, or a v that is neither equal to nor finer than what the rules ask for.
         """
-        own, saved = self.param_groups, state_dict["param_groups"]
-        entries, groups, ready = self._named(), [], {}
+        own, saved, groups, ready = self.param_groups, state_dict["param_groups"], [], {}
         if [len(g["params"]) for g in own] == [len(g["params"]) for g in saved]:  # torch reports it otherwise
-            ids = [k for g in saved for k in g["params"]]
-            old_names = [n for g in saved for n in g.get("param_names", [None] * len(g["params"]))]
-            old_rules = [r for g in saved for r in g.get("rules", ["unknown"] * len(g["params"]))]
-            for (_, _, name, p, rule), k, was, old in zip(entries, ids, old_names, old_rules, strict=True):
-                if was is not None and not name.startswith("tensor ") and clean(was) != clean(name):
+            unknown = lambda g: ["unknown"] * len(g["params"])
+            old = [x for g in saved for x in zip(g["params"], _names(g), g.get("rules", unknown(g)), strict=True)]
+            for (_, name, p, rule), (k, was, old_rule) in zip(self._named(), old, strict=True):
+                unnamed = name.startswith("tensor ") or was.startswith("tensor ")
+                if not unnamed and clean(was) != clean(name):
                     raise ValueError(f"the checkpoint has {was} where this optimizer has {name}. Give the same order.")
                 if k in state_dict["state"]:
-                    ready[k] = self._converted(state_dict["state"][k], name, p, rule, _tuples(old))
+                    ready[p] = self._converted(state_dict["state"][k], name, p, rule, _tuples(old_rule))
             for g, s in zip(own, saved, strict=True):
-                fixed = {k: v for k, v in g.items() if k in ("rules", "param_names")}
-                groups.append({**{k: v for k, v in g.items() if k != "params"}, **s, **fixed})
-            state_dict = {**state_dict, "param_groups": groups, "state": {**state_dict["state"], **ready}}
-        super().load_state_dict(state_dict)
-        for (_, _, _, p, _), k in zip(entries, (k for g in saved for k in g["params"]), strict=True):
-            if k in ready:
-                self.state[p] = ready[k]  # not the copy that torch has rounded to the dtype of the weights
+                mine = {k: v for k, v in g.items() if k in ("rules", "param_names")}
+                groups.append({**{k: v for k, v in g.items() if k != "params"}, **s, **mine})
+        # without the state, which torch would round to the dtype of the weights
+        super().load_state_dict({**state_dict, "param_groups": groups or saved, "state": {}})
+        self.state.update(ready)
         self._plan = None
 
     def _converted(self, saved: dict, name: str, p: Tensor, rule, old) -> dict:
         """One tensor's saved state on p's device, in our dtypes, with v brought to our rule."""
-        v, want = saved["exp_avg_sq"].detach(), kept_shape(p.shape, rule)
+        m, v, want = saved["exp_avg"].detach(), saved["exp_avg_sq"].detach(), kept_shape(p.shape, rule)
         if old == "unknown" or v.shape != kept_shape(p.shape, old):  # AdamW's, or rules kept elsewhere: see its shape
             ones = v.ndim == p.ndim and all(a in (1, b) for a, b in zip(v.shape, p.shape, strict=True))
             axes = tuple(d for d in range(p.ndim) if ones and v.shape[d] < p.shape[d]) or None
             old = rule if v.shape == want else axes if ones else "unknown"
         try:
-            v = _average(v, p.shape, old, rule) if old != "unknown" else None
-        except ValueError:
-            v = None
-        if v is None:
+            v = _average(v, old, rule)
+        except ValueError as e:
             raise ValueError(
-                f"{name}: the checkpoint's exp_avg_sq has shape {tuple(saved['exp_avg_sq'].shape)} (rule {old}); "
+                f"{name}: the checkpoint's exp_avg_sq has shape {tuple(v.shape)} (rule {old}); "
                 f"rule {rule} needs {want}, which is not coarser. Load with the checkpoint's rules."
-            )
+            ) from e
         m_type, v_type = self._dtypes(p)
-        device = p.to_local().device if isinstance(p, DTensor) else p.device
-        m = saved["exp_avg"].detach()
+        device = _local(p).device
         if isinstance(p, DTensor) and not isinstance(m, DTensor):
             m = distribute_tensor(m, p.device_mesh, p.placements, src_data_rank=None)
         step = torch.as_tensor(saved["step"], dtype=torch.float32).detach()
         return {
-            **{k: x for k, x in saved.items() if k not in ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")},
             "step": step.to(device if self._wants_triton(p) else "cpu", copy=True),
             "exp_avg": m.to(device=device, dtype=m_type, copy=True),
             "exp_avg_sq": self._place(v.to(device=device, dtype=v_type, copy=True), p, rule),
@@ -804,39 +767,34 @@ class SlimAdamW(torch.optim.Optimizer):
         return fused if fused is not None else p.is_cuda and kernels.available() and p.dtype != torch.float64
 
     def _pieces_of(self, group: dict, name: str, index: int, p: Tensor, rule) -> list[Piece]:
-        state = self.state[p] if "exp_avg" in self.state.get(p, {}) else self._init_state(p, rule)
-        local = lambda x: x.to_local() if isinstance(x, DTensor) else x
-        p_, m_, v_ = local(p.detach()), local(state["exp_avg"]), local(state["exp_avg_sq"])
-        shape, offset, shards = tuple(p.shape), (0,) * p.ndim, []
+        state, shape, offset, shards = self.state[p], tuple(p.shape), (0,) * p.ndim, []
+        p_, m_, v_ = (_local(x.detach()) for x in (p, state["exp_avg"], state["exp_avg_sq"]))
         if isinstance(p, DTensor):
             offset, shards = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)[1], _shards(p)
         if p.ndim == 0:  # as a vector of one
             p_, m_, v_, shape, offset = p_.view(1), m_.view(1), v_.view(1), (1,), (0,)
-        blocks = rule if rule and isinstance(rule[0], tuple) else ((shape[0], rule),)
-        groups_of = lambda K: tuple(g for g, d in shards if d in K or blocks is rule)
-        decays = p.ndim > 1 or self._slim["decay_1d"]
-        top, at, pieces = 0, 0, []
-        for n, K in blocks:
-            K, rows = K or (), slice(None)
-            block, part, v, start = (n, *shape[1:]), (), v_, offset
-            if blocks is rule:
+        blocks, top, at, pieces = _in_blocks(rule), 0, 0, []
+        for n, K in rule if blocks else ((shape[0], rule),):
+            K, rows, part, v, start, block = K or (), slice(None), (), v_, offset, (n, *shape[1:])
+            if blocks:
                 size = math.prod(kept_shape(block, K))
                 v, at = v_[at : at + size].view(kept_shape(block, K)), at + size
-                lo = min(max(top - offset[0], 0), len(p_))  # rows of ours in this block
-                rows = slice(lo, min(max(top + n - offset[0], lo), len(p_)))
-                start = (offset[0] + lo, *offset[1:])
-                within = (start[0] - top, *offset[1:])
-                held = p_[rows].shape
-                part = tuple(slice(None) if d in K else slice(o, o + held[d]) for d, o in enumerate(within))
-            piece = Piece(
-                index, name, group, state, p, p_[rows], m_[rows], v, K, math.prod(block[d] for d in K), groups_of(K),
-                tuple(g for g, _ in shards), rows, part, shape, tuple(start), top == 0, decays,
-            )  # fmt: skip
-            pieces.append(piece)
+                low = min(max(top - offset[0], 0), len(p_))  # rows of ours in this block
+                rows = slice(low, min(max(top + n - offset[0], low), len(p_)))
+                start = (offset[0] + low, *offset[1:])
+                inside = zip((start[0] - top, *offset[1:]), p_[rows].shape, strict=True)
+                part = tuple(slice(None) if d in K else slice(o, o + held) for d, (o, held) in enumerate(inside))
+            pieces.append(Piece(
+                index, name, group, state, p, p_[rows], m_[rows], v, K, count=math.prod(block[d] for d in K),
+                groups=tuple(g for g, d in shards if blocks or d in K), shards=tuple(g for g, _ in shards), rows=rows,
+                part=part, shape=shape, offset=tuple(start), first=top == 0,
+                decays=p.ndim > 1 or self._slim["decay_1d"],
+            ))  # fmt: skip
             top += n
-        if self._wants_triton(p) and all(self._triton_takes(x) for x in pieces):  # one path for all of a tensor's step
-            for x in pieces:
-                x.mode = _matrix(tuple(x.p.shape), x.K)[0]
+        by_rows = all(d == 0 for _, d in shards)  # else a shard is not one run of places
+        if self._wants_triton(p) and by_rows and all(self._triton_takes(x) for x in pieces):
+            for x in pieces:  # all of a tensor's, as they share its step
+                x.triton = True
         return pieces
 
     @staticmethod
@@ -845,28 +803,24 @@ class SlimAdamW(torch.optim.Optimizer):
         mode = _matrix(tuple(x.p.shape), x.K)[0]
         whole = all(t.is_contiguous() for t in (x.p, x.m, x.v)) and x.v.dtype == torch.float32
         summed = not x.groups or mode in (kernels.COL, kernels.SCALAR)
-        rows = not isinstance(x.param, DTensor) or all(d == 0 for _, d in _shards(x.param))  # then in one run of places
-        return mode >= 0 and whole and summed and rows and {x.p.dtype, x.m.dtype} <= TRITON_DTYPES
+        return mode >= 0 and whole and summed and {x.p.dtype, x.m.dtype} <= TRITON_DTYPES
 
     def _collect(self) -> list[Piece]:
         """The pieces to move, with their gradients; rebuilt only when tensors come, go or move."""
-        present, index = [], -1
-        for group, _, name, p, rule in self._named():
-            index += 1
+        present = []
+        for index, (group, name, p, rule) in enumerate(self._named()):
             sharded = isinstance(p, DTensor) and bool(_shards(p))
-            if (p.grad is not None or sharded) and p.numel():
+            if p.grad is None and not (sharded and p.numel()):
+                continue
+            if "exp_avg" not in self.state[p]:
+                self._init_state(p, rule)
+            if p.numel():
                 present.append((group, name, index, p, rule))
-            elif p.grad is not None:  # no element: nothing to move or to average
-                state = self.state[p] if "exp_avg" in self.state.get(p, {}) else self._init_state(p, rule)
-                state["step"] += 1
-        at = lambda p: (
-            (p._local_tensor if isinstance(p, DTensor) else p).data_ptr(),
-            id(self.state[p].get("exp_avg_sq")),
-        )
-        signature = [at(p) for *_, p, _ in present]
+            else:  # nothing to move or to average
+                self.state[p]["step"] += 1
+        signature = [(_local(p).data_ptr(), id(self.state[p]["exp_avg_sq"])) for *_, p, _ in present]
         if self._plan is None or self._plan[0] != signature:
-            pieces = [x for entry in present for x in self._pieces_of(*entry)]
-            self._plan = ([at(p) for *_, p, _ in present], pieces, {})
+            self._plan = signature, [x for entry in present for x in self._pieces_of(*entry)], {}
         seen = None
         for x in self._plan[1]:
             if x.param is not seen:
@@ -885,14 +839,13 @@ class SlimAdamW(torch.optim.Optimizer):
         if not pieces:
             return loss
         slim, device = self._slim, pieces[0].p.device
-        watch = slim["nonfinite"] != "propagate"
+        clips, watch = slim["max_grad_norm"] is not None, slim["nonfinite"] != "propagate"
         engines, plain = self._engines(pieces)
-        measure = watch or slim["max_grad_norm"] is not None
         parts, norms = [], []  # [(what to add over ranks, groups)]
         for e in engines:
-            sums, norm, bad = e.multi.sums([x.g for x in e.pieces], measure)
+            sums, norm, bad = e.multi.sums([x.g for x in e.pieces], clips or watch)
             parts.append((sums, e.pieces[0].groups))
-            if measure:
+            if clips or watch:
                 norms.append((torch.stack([norm, bad]), e.pieces[0].shards))
         for x in plain:
             if x.groups:
@@ -900,18 +853,16 @@ class SlimAdamW(torch.optim.Optimizer):
                 if x.g is not None:
                     total[x.part] = _sum_squares(x.g, x.K, x.v.dtype)
                 parts.append((total, x.groups))
-            if measure and x.g is not None:
-                norms.append((_norm_and_bad(x.g, x.v.dtype), x.shards))
-            elif measure:
-                norms.append((torch.zeros(2, dtype=x.v.dtype, device=x.p.device), x.shards))
+            if clips or watch:
+                zero = torch.zeros(2, dtype=x.v.dtype, device=x.p.device)
+                norms.append((zero if x.g is None else _norm_and_bad(x.g, x.v.dtype), x.shards))
         summed = _exchange(parts + norms)
-        totals = summed[len(parts) :]
-        clip, skip = self.last_clip, self.last_skip = self._judge([t.to(device) for t in totals], device)
+        clip, skip = self.last_clip, self.last_skip = self._judge([t.to(device) for t in summed[len(parts) :]], device)
         for e, sums in zip(engines, summed, strict=False):
             e.apply(sums, skip, clip, slim)
         of = {id(x): s for x, s in zip((x for x in plain if x.groups), summed[len(engines) :], strict=False)}
-        if plain and not (watch and bool(skip)):  # on a GPU this waits, and only when asked to watch
-            self._move_plain([x for x in plain if x.g is not None], of, None if slim["max_grad_norm"] is None else clip)
+        if plain and not (watch and bool(skip)):
+            self._move_plain([x for x in plain if x.g is not None], of, clip if clips and float(clip) != 1 else None)
         return loss
 
     def _judge(self, totals: list[Tensor], device) -> tuple[Tensor, Tensor]:
@@ -932,14 +883,13 @@ class SlimAdamW(torch.optim.Optimizer):
 
     def _engines(self, pieces: list[Piece]) -> tuple[list, list[Piece]]:
         """Pieces for Triton by what one launch takes, empty shards too, so that ranks agree; and the rest."""
-        buckets, plain = {}, []
+        buckets, plain, made = {}, [], self._plan[2]
         for x in pieces:
-            if x.mode < 0 or x.g is None or not x.g.is_contiguous() or x.g.dtype not in TRITON_DTYPES:
+            if not x.triton or x.g is None or not x.g.is_contiguous() or x.g.dtype not in TRITON_DTYPES:
                 plain.append(x)
             else:
                 key = (id(x.group), x.p.dtype, x.m.dtype, x.g.dtype, x.p.device, x.groups, x.shards)
                 buckets.setdefault(key, []).append(x)
-        made = self._plan[2]
         for key, mine in buckets.items():
             if key not in made or [id(x) for x in made[key].pieces] != [id(x) for x in mine]:
                 made[key] = _Engine(mine, self._slim["seed"])
@@ -948,41 +898,38 @@ class SlimAdamW(torch.optim.Optimizer):
     def _move_plain(self, pieces: list[Piece], sums: dict, clip: Tensor | None) -> None:
         """The torch path: small pieces together by foreach, large ones in chunks that stay in cache."""
         torch._foreach_add_([x.state["step"] for x in pieces if x.first], 1.0)
-        scale = None if clip is None or (clip.device.type == "cpu" and float(clip) == 1.0) else clip
         together: dict = {}
         for x in pieces:
             t = int(x.state["step"])
             if x.p.numel() > CHUNK or id(x) in sums or self._slim["stochastic_rounding"]:
-                self._move_one(x, t, sums.get(id(x)), scale)
+                self._move_one(x, t, sums.get(id(x)), clip)
             else:
                 key = (id(x.group), t, x.p.dtype, x.m.dtype, x.g.dtype, x.p.device, x.decays)
                 together.setdefault(key, []).append(x)
-        for mine in together.values():
-            x, t = mine[0], int(mine[0].state["step"])
-            q = [_sum_squares(y.g, y.K, y.v.dtype) for y in mine]
-            torch._foreach_div_(q, [float(y.count) for y in mine])
-            root = _second([y.v for y in mine], q, x.group, t, scale)
-            _first([y.p for y in mine], [y.g for y in mine], [y.m for y in mine], root, x, t, scale)
+        for (_, t, *_), mine in together.items():
+            q = [_sum_squares(x.g, x.K, x.v.dtype) for x in mine]
+            torch._foreach_div_(q, [float(x.count) for x in mine])
+            root = _second([x.v for x in mine], q, mine[0].group, t, clip)
+            _first([x.p for x in mine], [x.g for x in mine], [x.m for x in mine], root, mine[0], t, clip)
 
-    def _move_one(self, x: Piece, t: int, total: Tensor | None, scale: Tensor | None) -> None:
+    def _move_one(self, x: Piece, t: int, total: Tensor | None, clip: Tensor | None) -> None:
+        """One piece in chunks of rows; total: its sums of squares, where they had to be added over ranks."""
         rows = max(1, CHUNK // max(1, x.p[:1].numel()))
         chunks = [slice(i, i + rows) for i in range(0, len(x.p), rows)]
-        root = None
         if total is None and 0 in x.K:
             total = sum(_sum_squares(x.g[c], x.K, x.v.dtype) for c in chunks)
         if total is not None:
-            root = _second([x.v], [total / x.count], x.group, t, scale)[0][x.part]
+            root = _second([x.v], [total / x.count], x.group, t, clip)[0][x.part]
         for c in chunks:
-            r = root
-            if r is None:
-                r = _second([x.v[c]], [_sum_squares(x.g[c], x.K, x.v.dtype) / x.count], x.group, t, scale)[0]
-            elif 0 not in x.K:
-                r = root[c]
+            if total is None:
+                r = _second([x.v[c]], [_sum_squares(x.g[c], x.K, x.v.dtype) / x.count], x.group, t, clip)[0]
+            else:
+                r = root if 0 in x.K else root[c]
             rounding = None
             if self._slim["stochastic_rounding"] and x.p.dtype == torch.bfloat16:
                 where = x.where(c, x.p.device)
                 rounding = lambda y, where=where: stochastic_round(y.float(), where, self._slim["seed"], t, x.index)
-            _first([x.p[c]], [x.g[c]], [x.m[c]], [r], x, t, scale, rounding)
+            _first([x.p[c]], [x.g[c]], [x.m[c]], [r], x, t, clip, rounding)
 
 
 def _sum_squares(g: Tensor, K: tuple, dtype: torch.dtype) -> Tensor:
@@ -1013,38 +960,33 @@ def _exchange(parts: list[tuple[Tensor, tuple]]) -> list[Tensor]:
     return out
 
 
-def _second(v: list, q: list, group: dict, t: int, scale: Tensor | None) -> list[Tensor]:
+def _second(v: list, q: list, group: dict, t: int, clip: Tensor | None) -> tuple[Tensor, ...]:
     """Move v towards q, the new mean squares, and return sqrt(v / bias correction) + eps."""
     beta2 = float(group["betas"][1])
-    if scale is not None:
-        q = torch._foreach_mul(q, [float(scale.square())] * len(q)) if not scale.is_cuda else [x * scale**2 for x in q]
+    if clip is not None:
+        q = torch._foreach_mul(q, float(clip.square()))
     torch._foreach_mul_(v, beta2)
     torch._foreach_add_(v, q, alpha=1 - beta2)
     root = torch._foreach_sqrt(v)
     torch._foreach_div_(root, math.sqrt(1 - beta2**t))
     torch._foreach_add_(root, float(group["eps"]))
-    return list(root)
+    return root
 
 
-def _first(p: list, g: list, m: list, root: list, x: Piece, t: int, scale: Tensor | None, rounding=None) -> None:
+def _first(p: list, g: list, m: list, root, x: Piece, t: int, clip: Tensor | None, rounding=None) -> None:
     """Move m and p, in the dtype of v; p and m of lower precision are widened and rounded back."""
     group, acc = x.group, x.v.dtype
     lr, beta1 = float(group["lr"]), float(group["betas"][0])
-    wide = lambda xs: [y.to(acc) for y in xs]  # no copy when it is that dtype already
-    g, M, P = wide(g), wide(m), wide(p)
-    sign = -1.0 if group["maximize"] else 1.0
-    if scale is not None and scale.is_cuda:  # a number would need a synchronisation
-        g = [y * scale for y in g]
-    elif scale is not None:
-        sign *= float(scale)
+    G, M, P = ([y.to(acc) for y in ys] for ys in (g, m, p))  # no copy when it is that dtype already
+    sign = (-1.0 if group["maximize"] else 1.0) * (1.0 if clip is None else float(clip))
     torch._foreach_mul_(M, beta1)
-    torch._foreach_add_(M, g, alpha=(1 - beta1) * sign)
+    torch._foreach_add_(M, G, alpha=(1 - beta1) * sign)
     if x.decays and group["weight_decay"]:
         torch._foreach_mul_(P, 1 - lr * group["weight_decay"])
     torch._foreach_addcdiv_(P, M, root, value=-lr / (1 - beta1**t))
-    for y, Y in [*zip(m, M, strict=True), *zip(p, P, strict=True)]:
+    for y, Y in zip(m + p, M + P, strict=True):
         if y is not Y:
-            y.copy_(rounding(Y) if rounding and y.dtype == torch.bfloat16 and Y is P[0] else Y)
+            y.copy_(rounding(Y) if rounding and Y is P[0] else Y)
 
 
 class _Engine:
@@ -1076,34 +1018,29 @@ class _Engine:
         self.multi.apply([y.g for y in self.pieces], sums, self.hyper, skip, clip, keys)
 
 
-class _Source(list):
-    """Named tensors, with the modules that own them where a model was given."""
-
-    def __init__(self, named: list, owners: dict):
-        super().__init__(named)
-        self.owners = owners
+def _local(x: Tensor) -> Tensor:
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
-def _tuples(rule):
-    return tuple(_tuples(x) for x in rule) if isinstance(rule, (list, tuple)) else rule
+def _listed(params) -> list:
+    return [params] if isinstance(params, Tensor) else list(params)
 
 
-def _listed(group: dict) -> list:
-    """A group's parameters as a list, also from a generator, which is then put in its place."""
-    if not isinstance(group["params"], list):
-        group["params"] = list(group["params"])
-    return group["params"]
+def _names(group: dict) -> list[str]:
+    return group.get("param_names") or [f"tensor {i}" for i in range(len(group["params"]))]
+
+
+def _read_rules(rules):
+    """Rules, read if they are the name of a file."""
+    return load_rules(rules) if isinstance(rules, (str, Path)) and rules not in SETS else rules
 
 
 def _check_numbers(group: dict) -> None:
-    """ValueError: a hyperparameter outside its range, or NaN."""
-    betas = tuple(group["betas"])
-    tests = {"lr": (float(group["lr"]), ">= 0"), "eps": (group["eps"], ">= 0"),
-             "weight_decay": (group["weight_decay"], ">= 0")}  # fmt: skip
-    for name, (value, text) in tests.items():
-        if not 0 <= value < math.inf:
-            raise BadInput(f"{name} must be {text} and finite, got {value}")
-    if len(betas) != 2 or not all(0 <= float(b) < 1 for b in betas):
+    """BadInput: a hyperparameter outside its range, or NaN."""
+    for name in ("lr", "eps", "weight_decay"):
+        if not 0 <= float(group[name]) < math.inf:
+            raise BadInput(f"{name} must be >= 0 and finite, got {group[name]}")
+    if len(tuple(group["betas"])) != 2 or not all(0 <= float(b) < 1 for b in group["betas"]):
         raise BadInput(f"betas must be two numbers in [0, 1), got {group['betas']}")
 
 
@@ -1126,7 +1063,7 @@ def _gradient(name: str, p: Tensor) -> Tensor | None:
         raise RuntimeError(f"SlimAdamW does not support sparse gradients ({name}); use sparse=False in the embedding")
     if isinstance(p, DTensor) and isinstance(g, DTensor) and g.placements != p.placements:
         g = g.redistribute(p.device_mesh, p.placements)
-    p, g = ((x.to_local() if isinstance(x, DTensor) else x) for x in (p, g))
+    p, g = _local(p), _local(g)
     if g.shape != p.shape or g.dtype != p.dtype or g.device != p.device:
         raise RuntimeError(
             f"{name}: gradient {tuple(g.shape)} {g.dtype} on {g.device}, but weight {tuple(p.shape)} {p.dtype} on "
@@ -1167,7 +1104,7 @@ class SNRTracker:
         """Advance the sampled v by the gradients just used, as the step clipped or skipped them."""
         if self.optimizer._slim["nonfinite"] == "skip" and bool(self.optimizer.last_skip):
             return
-        for index, (group, _, name, p, _) in enumerate(self.optimizer._named()):
+        for index, (group, name, p, _) in enumerate(self.optimizer._named()):
             if p.grad is None or p.ndim < 2:
                 continue
             if isinstance(p, DTensor):
@@ -1186,25 +1123,23 @@ class SNRTracker:
     def measure(self, step: int) -> dict:
         """Measure now, after `step` updates: {name: {K: SNR}}. RuntimeError: before a first step, or v is averaged."""
         found = {}
-        for _, _, name, p, rule in self.optimizer._named():
-            if p.grad is None and "exp_avg_sq" not in self.optimizer.state.get(p, {}):
-                continue
-            if self.lines and p.ndim > 1 and name in self.sample:
+        for _, name, p, rule in self.optimizer._named():
+            v = self.optimizer.state.get(p, {}).get("exp_avg_sq")
+            if self.lines and name in self.sample:
                 _, _, v_rows, v_cols = self.sample[name]
                 rest = tuple(range(1, p.ndim))
                 table = {(0,): snr(v_cols, (0,)), rest: snr(v_rows, (1,)), (0, *rest): snr(v_rows, (0, 1))}
-            elif self.lines:
+            elif self.lines or (v is None and p.grad is None):
+                continue
+            elif rule is not None:
+                raise RuntimeError(
+                    f"{name} holds a v averaged over {rule}, whose SNR is undefined. Measure with rules='adam', "
+                    f"or with lines=16, which keeps a sample of its own."
+                )
+            elif v is None:
                 continue
             else:
-                if rule is not None:
-                    raise RuntimeError(
-                        f"{name} holds a v averaged over {rule}, whose SNR is undefined. Measure with rules='adam', "
-                        f"or with lines=16, which keeps a sample of its own."
-                    )
-                v = self.optimizer.state.get(p, {}).get("exp_avg_sq")
-                if v is None:
-                    continue
-                table = snr_table(v) if v.ndim else {}
+                table = snr_table(v)
             found[clean(name)] = table
         if not found:
             raise RuntimeError("no second moments yet: take a step before measuring SNR")
@@ -1306,7 +1241,6 @@ class Llama(nn.Module):
         self.register_buffer("freq", rope_frequencies(c), persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (B, T) -> logits (B, T, V)."""
         angle = torch.outer(torch.arange(ids.shape[1], device=ids.device).float(), self.freq)  # (T, D/2)
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers:
@@ -1369,11 +1303,11 @@ def validate(model, text: Text, device) -> float:
 def fidelity(optimizer: SlimAdamW, rules: dict) -> tuple[float, float]:
     """(relative error, cosine) of the update if v of this Adam state were averaged by `rules`, all tensors together."""
     a, b = [], []
-    for group, _, name, p, _ in optimizer._named():
+    for group, name, p, _ in optimizer._named():
         s, rule = optimizer.state[p], rules[clean(name)]
         t, (b1, b2) = int(s["step"]), group["betas"]
         m = s["exp_avg"] / (1 - b1**t)
-        for out, v in ((a, s["exp_avg_sq"]), (b, _average(s["exp_avg_sq"], p.shape, None, rule))):
+        for out, v in ((a, s["exp_avg_sq"]), (b, _average(s["exp_avg_sq"], None, rule))):
             out.append((m / ((v / (1 - b2**t)).sqrt() + group["eps"])).flatten())
     u, w = torch.cat(a), torch.cat(b)
     return ((w - u).norm() / u.norm()).item(), F.cosine_similarity(u, w, dim=0).item()
@@ -1441,17 +1375,18 @@ def sweep(cfg: Config, w: cluster.World, pool) -> tuple[dict, dict, float]:
     return found | share(jobs, w, pool, "further seeds"), rules["derived"], best
 
 
+def type_of(name: str) -> str:
+    return layer_type(name) or _star(name)
+
+
 def by_type(mean: dict) -> dict:
-    """{layer type: {"{0}", "{1}", "both": SNR averaged over its tensors}}, in the model's order."""
+    """{layer type: {"{0}", "{1}", "all axes": SNR averaged over its tensors}}, in the model's order."""
     rows: dict = {}
     for name, table in mean.items():
         n = 1 + max(d for K in table for d in K)
-        for K, value in table.items():
-            label = (
-                "all axes" if len(K) == n > 1 else "{0}" if K == (0,) else "{1}" if K == tuple(range(1, n)) else None
-            )
-            if label:
-                rows.setdefault(layer_type(name) or _star(name), {}).setdefault(label, []).append(value)
+        for K, label in (((0,), "{0}"), (tuple(range(1, n)), "{1}"), (tuple(range(n)) if n > 1 else (), "all axes")):
+            if K in table:
+                rows.setdefault(type_of(name), {}).setdefault(label, []).append(table[K])
     return {kind: {label: _nanmean(x) for label, x in t.items()} for kind, t in rows.items()}
 
 
@@ -1459,22 +1394,18 @@ def print_snr(w: cluster.World, mean: dict, rules: dict) -> None:
     """SNR by layer type, and which axes its tensors got."""
     rows, axes = [], ("{0}", "{1}", "all axes")
     for kind, table in by_type(mean).items():
-        got = [rules[n] for n in mean if (layer_type(n) or _star(n)) == kind]
+        got = [rules[n] for n in mean if type_of(n) == kind]
         text = ", ".join("none" if r is None else "{" + ",".join(map(str, r)) + "}" for r in got[:4])
-        rows.append(
-            [kind, *(f"{table[a]:.2f}" if a in table else "-" for a in axes), text + (", ..." if got[4:] else "")]
-        )
+        cells = (f"{table[a]:.2f}" if a in table else "-" for a in axes)
+        rows.append([kind, *cells, text + (", ..." if got[4:] else "")])
     w.print("\n" + report.table(["layer type", *(f"SNR {a}" for a in axes), "averaged over, by depth"], rows))
 
 
 def demo(cfg: Config, w: cluster.World) -> None:
     """SNR, rules, the learning-rate sweep, the three savings, the fidelity of the update, the picture, the claim."""
     run = report.Run(cfg.out, cfg, w)
-    if w.size > 1:
-        found, derived, best = sweep(cfg, w, None)
-    else:
-        with cluster.workers(cfg.workers) as pool:
-            found, derived, best = sweep(cfg, w, pool)
+    with cluster.workers(cfg.workers) if w.size == 1 else contextlib.nullcontext() as pool:
+        found, derived, best = sweep(cfg, w, pool)
     for (name, lr, seed), f in found.items():
         shown = {k: f[k] for k in ("train_loss", "val_loss", "losses")}
         run.log(run=name, lr=lr, seed=seed, **shown, **f.get("fidelity", {}))
@@ -1500,14 +1431,12 @@ def demo(cfg: Config, w: cluster.World) -> None:
         save_rules(derived, f"{cfg.out}/rules.json")
         layout = {"ncols": 2, "figsize": (13, 4.6)}
         w.print("\n" + report.picture(f"{cfg.out}/slimadam.png", functools.partial(draw, cfg, found), **layout))
-    seeds = range(cfg.seed, cfg.seed + cfg.seeds)
-    gaps = {
-        n: [at(n, best, s)["val_loss"] - at("adam", best, s)["val_loss"] for s in seeds] for n in ("derived", "static")
-    }
-    for n, gap in gaps.items():
-        w.print(f"{NAMES[n]}, minus Adam at lr {best:g}, by seed: " + ", ".join(f"{x:+.3f}" for x in gap))
-    gap = {n: _nanmean(x) for n, x in gaps.items()}
-    saved = min(at(n, best)["memory"]["saved"] for n in gaps)
+    seeds, gap = range(cfg.seed, cfg.seed + cfg.seeds), {}
+    for n in ("derived", "static"):
+        gaps = [at(n, best, s)["val_loss"] - at("adam", best, s)["val_loss"] for s in seeds]
+        w.print(f"{NAMES[n]}, minus Adam at lr {best:g}, by seed: " + ", ".join(f"{x:+.3f}" for x in gaps))
+        gap[n] = _nanmean(gaps)
+    saved = min(at(n, best)["memory"]["saved"] for n in gap)
     run.claim(
         "SlimAdam ends within 0.02 of Adam at Adam's best learning rate, with at least 97 % of v removed",
         "loss 3.027 against 3.024 with 99.9 % of v removed (GPT-2 small, static rules, released log)",
@@ -1527,8 +1456,8 @@ def draw(cfg: Config, found: dict, figure, axes) -> None:
         axis = max(("{0}", "{1}"), key=lambda a: table.get(a, -1))
         K = (0,) if axis == "{0}" else (1,)
         lines = [t[K] for n, t in values.items() if layer_type(n) == kind]
-        color = f"C{i}"
-        left.plot(steps, [_nanmean(list(x)) for x in zip(*lines, strict=True)], color=color, label=f"{kind} {axis}")
+        mean_line = [_nanmean(x) for x in zip(*lines, strict=True)]
+        left.plot(steps, mean_line, color=f"C{i}", label=f"{kind} {axis}")
     left.axhline(cfg.cutoff, color="0.3", ls=":")
     left.text(steps[-1], cfg.cutoff * 1.05, "cutoff", ha="right", va="bottom", color="0.3")
     left.set(yscale="log", xlabel="step", ylabel="SNR of v along its better axis")
@@ -1572,8 +1501,6 @@ class Trainer:
         self.model, self.text = make_model(cfg, w)
         self.sharded = cfg.parallel == "fsdp"
         if self.sharded:
-            from torch.distributed.fsdp import fully_shard
-
             for block in self.model.h if cfg.model == "none" else self.model.model.layers:
                 fully_shard(block)
             self.net = fully_shard(self.model)
@@ -1607,8 +1534,6 @@ class Trainer:
     def state(self) -> dict:
         if not self.sharded:
             return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-        from torch.distributed.checkpoint.state_dict import get_state_dict
-
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "optimizer": optimizer, "step": torch.tensor(self.step)}
 
@@ -1625,11 +1550,9 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
         else:
-            from torch.distributed.checkpoint.state_dict import set_state_dict
-
             state = cluster.load_sharded(path, self.state())
-            set_state_dict(self.model, self.optimizer, model_state_dict=state["model"],
-                           optim_state_dict=state["optimizer"])  # fmt: skip
+            both = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+            set_state_dict(self.model, self.optimizer, **both)
         self.step = int(state["step"])
 
     def run(self, log: report.Run, path: str = "", tracker: SNRTracker | None = None) -> None:
@@ -1702,11 +1625,9 @@ def derive(cfg: Config, w: cluster.World) -> None:
     trainer = Trainer(cfg, w, "adam")
     tracker = SNRTracker(trainer.optimizer, 1, cfg.every, 10**9, lines=cfg.lines or None, seed=cfg.seed)
     trainer.run(report.Run(cfg.out, cfg, w), tracker=tracker)
-    mean, named = tracker.mean(cfg.burn_in), trainer.optimizer._named()
-    shapes = {clean(n): tuple(p.shape) for _, _, n, p, _ in named}
-    rules = dict.fromkeys(shapes) | derive_rules(
-        mean, cfg.cutoff, cfg.select, depth_average=cfg.depth_average, shapes={n: shapes[n] for n in mean}
-    )
+    mean, shapes = tracker.mean(cfg.burn_in), {clean(n): tuple(p.shape) for _, n, p, _ in trainer.optimizer._named()}
+    rules = dict.fromkeys(shapes)
+    rules |= derive_rules(mean, cfg.cutoff, cfg.select, depth_average=cfg.depth_average, shapes=shapes)
     print_snr(w, mean, rules)
     kept, total = (sum(math.prod(kept_shape(s, r.get(n))) for n, s in shapes.items()) for r in (rules, {}))
     w.print(f"\nthese rules save {1 - kept / total:.2%} of v")
@@ -1727,48 +1648,44 @@ def bench(cfg: Config, w: cluster.World) -> None:
     for _, p in named:
         p.grad = make(p.shape)
     params, n = [p for _, p in named], sum(p.numel() for _, p in named)
-    per_byte = 1 / report.ceilings(w.device)[0]
+    speed = report.ceilings(w.device)[0]
     adam = lambda **kw: torch.optim.AdamW(params, lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95), **kw)
-    slim = lambda **kw: SlimAdamW(named, 1e-4, **kw)
-    fused, foreach, ours, folded = adam(fused=True), adam(foreach=True), slim(), slim(max_grad_norm=1.0)
+    fused, foreach, ours = adam(fused=True), adam(foreach=True), SlimAdamW(named, 1e-4)
+    folded = SlimAdamW(named, 1e-4, max_grad_norm=1.0)
 
-    def clipped(optimizer):
+    def clipped():
         nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        fused.step()
 
-    K = [(p.numel(), (r or (None,))[0]) for _, _, _, p, r in ours._named()]
-    ideal = sum(size * {None: 28, 1: 20, 0: 24}[axis] for size, axis in K) / n  # p, g, m and v, read and written
-    cases = {
-        "AdamW(fused=True)": (fused.step, fused, 28), "AdamW(foreach=True)": (foreach.step, foreach, 28),
-        "SlimAdamW": (ours.step, ours, ideal),
-        "clip_grad_norm_ + AdamW(fused=True)": (lambda: clipped(fused), fused, 40),
-        "SlimAdamW(max_grad_norm=1)": (folded.step, folded, 24),
+    # p, g, m and v, read and written; row means need one pass over g, column means two
+    ideal = sum(p.numel() * {None: 28, (1,): 20, (0,): 24}[rule] for _, _, p, rule in ours._named()) / n
+    plain, clip = "AdamW(fused=True)", "clip_grad_norm_ + AdamW(fused=True)"
+    cases = {  # what is timed, its optimizer, bytes per weight that must be moved, what it is compared with
+        plain: (fused.step, fused, 28, plain), "AdamW(foreach=True)": (foreach.step, foreach, 28, plain),
+        "SlimAdamW": (ours.step, ours, ideal, plain),
+        clip: (clipped, fused, 40, clip), "SlimAdamW(max_grad_norm=1)": (folded.step, folded, 24, clip),
     }  # fmt: skip
-    w.print(f"{report.device_name(w.device)}, float32, GPT-2 small: {n} weights in {len(named)} tensors; "
-            f"copy {1e-9 / per_byte:.1f} GB/s")  # fmt: skip
-    seconds = report.timed({k: f for k, (f, _, _) in cases.items()}, w.device, 50 if w.device.type == "cuda" else 7)
-    rows, found = (
-        [],
-        {"device": report.device_name(w.device), "weights": n, "copy_bytes_per_s": 1 / per_byte, "cases": {}},
-    )
-    for name, (_, optimizer, size) in cases.items():
-        t, spread = seconds[name]
-        base = seconds["clip_grad_norm_ + AdamW(fused=True)" if size in (24, 40) else "AdamW(fused=True)"][0]
-        bytes_ = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values())
-        floor = n * size * per_byte
-        cells = f"{t * 1e3:.1f} ± {spread * 1e3:.1f}", f"{t / base:.2f}", f"{size:.1f}", f"{floor * 1e3:.1f}"
-        rows.append([name, *cells, f"{bytes_ / 1e6:.0f}"])
-        found["cases"][name] = {
-            "seconds": t,
-            "spread": spread,
-            "x": t / base,
-            "seconds_at_copy_speed": floor,
-            "state_bytes": bytes_,
-        }
+    device = report.device_name(w.device)
+    w.print(f"{device}, float32, GPT-2 small: {n} weights in {len(named)} tensors; copy {speed / 1e9:.1f} GB/s")
+    seconds = report.timed({k: case[0] for k, case in cases.items()}, w.device, 50 if w.device.type == "cuda" else 7)
+    rows, found = [], {}
+    for name, (_, optimizer, size, base) in cases.items():
+        (t, spread), floor = seconds[name], n * size / speed
+        state = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values())
+        found[name] = {"seconds": t, "spread": spread, "x": t / seconds[base][0], "seconds_at_copy_speed": floor,
+                       "state_bytes": state}  # fmt: skip
+        cells = (
+            f"{t * 1e3:.1f} ± {spread * 1e3:.1f}",
+            f"{t / seconds[base][0]:.2f}",
+            f"{size:.1f}",
+            f"{floor * 1e3:.1f}",
+        )
+        rows.append([name, *cells, f"{state / 1e6:.0f}"])
     w.print(report.table(["step", "ms", "x fused", "bytes per weight", "ms at copy speed", "state MB"], rows))
     w.print("x fused: with clipping against clip_grad_norm_ and the fused step. Bytes: what must be moved.")
     if w.main:
-        report.write_json(f"{cfg.out}/bench.json", found)
+        about = {"device": device, "weights": n, "copy_bytes_per_s": speed, "cases": found}
+        report.write_json(f"{cfg.out}/bench.json", about)
 
 
 def main(cfg: Config) -> None:
