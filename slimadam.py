@@ -460,10 +460,6 @@ TRITON_DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 _GOLDEN, _TICK = 0x9E3779B97F4A7C15 - 2**64, 0xD1B54A32D192ED03 - 2**64
 
 
-def _int64(z: int) -> int:
-    return (z + 2**63) % 2**64 - 2**63
-
-
 def _mix(z):
     """splitmix64 of an int64 tensor, wrapping."""
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * (0xBF58476D1CE4E5B9 - 2**64)
@@ -471,8 +467,8 @@ def _mix(z):
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
-def _key(seed: int, index: int) -> int:
-    return int(_mix(torch.tensor(_int64(seed * _GOLDEN + index))))
+def _key(seed: int, index: int) -> Tensor:
+    return _mix(torch.tensor(seed) * _GOLDEN + index)
 
 
 def stochastic_round(x: Tensor, where: Tensor, seed: int, t: int, index: int) -> Tensor:
@@ -481,8 +477,8 @@ def stochastic_round(x: Tensor, where: Tensor, seed: int, t: int, index: int) ->
     The random bits depend on (seed, step t, parameter index, where), `where` being each entry's place in the whole
     tensor: replicas agree, and shards round as the whole would.
     """
-    key = _mix(torch.tensor(_int64(_key(seed, index) + t * _TICK), device=x.device))
-    noise = _mix(where * _GOLDEN + key) & 0xFFFF
+    key = _mix(_key(seed, index) + torch.tensor(t) * _TICK)
+    noise = _mix(where * _GOLDEN + key.to(x.device)) & 0xFFFF
     bits = x.contiguous().view(torch.int32)
     up = ((bits + noise.int()) & -65536).view(torch.float32)
     return torch.where(x.isfinite(), up, x).to(torch.bfloat16)
@@ -1001,7 +997,7 @@ class _Engine:
                 x.p, x.m, x.v, x.state["step"], rows, cols, mode, float(x.count), x.decays, base, x.first,
             ))  # fmt: skip
         self.pieces, self.multi, self.numbers = pieces, kernels.MultiTensor(entries, pieces[0].g.dtype), None
-        self.keys = torch.tensor([_key(seed, x.index) for x in pieces], device=pieces[0].p.device)
+        self.keys = torch.stack([_key(seed, x.index) for x in pieces]).to(pieces[0].p.device)
 
     def apply(self, sums: Tensor, skip: Tensor, clip: Tensor, slim: dict) -> None:
         """Move all pieces, given their sums of squares over ranks; 0-d `skip` leaves them, `clip` scales gradients."""
@@ -1236,12 +1232,12 @@ class Llama(nn.Module):
             layer.input_layernorm, layer.post_attention_layernorm = nn.RMSNorm(C, eps), nn.RMSNorm(C, eps)
             self.model.layers.append(layer)
         self.lm_head = nn.Linear(C, c["vocab_size"], bias=False)
-        if c["tie_word_embeddings"]:
+        if c.get("tie_word_embeddings"):
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.register_buffer("freq", rope_frequencies(c), persistent=False)
+        self.freq = rope_frequencies(c)  # no buffer: bfloat16 weights leave it float32
 
     def forward(self, ids: Tensor) -> Tensor:
-        angle = torch.outer(torch.arange(ids.shape[1], device=ids.device).float(), self.freq)  # (T, D/2)
+        angle = torch.outer(torch.arange(ids.shape[1], device=ids.device).float(), self.freq.to(ids.device))  # (T, D/2)
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers:
             attn, mlp, y = layer.self_attn, layer.mlp, layer.input_layernorm(x)
@@ -1344,15 +1340,9 @@ NAMES = {"adam": "Adam", "derived": "SlimAdam, derived", "static": "SlimAdam, st
 
 
 def share(jobs: dict, w: cluster.World, pool, what: str) -> dict:
-    """{key: run_one(*job)}, split among the ranks, or among the pool's worker processes on a lone one."""
-    keys = list(jobs)
-    if pool is None:
-        mine = {k: run_one(*jobs[k]) for k in report.progress(keys[w.rank :: w.size], what, w)}
-        every = [None] * w.size
-        dist.all_gather_object(every, mine)
-        return {k: found for part in every for k, found in part.items()}
-    futures = {k: pool.submit(run_one, *jobs[k]) for k in keys}
-    return {k: futures[k].result() for k in report.progress(keys, what, w)}
+    """{key: run_one(*job)}, shared by the pool's worker processes."""
+    futures = {k: pool.submit(run_one, *job) for k, job in jobs.items()}
+    return {k: futures[k].result() for k in report.progress(list(jobs), what, w)}
 
 
 def sweep(cfg: Config, w: cluster.World, pool) -> tuple[dict, dict, float]:
@@ -1403,8 +1393,10 @@ def print_snr(w: cluster.World, mean: dict, rules: dict) -> None:
 
 def demo(cfg: Config, w: cluster.World) -> None:
     """SNR, rules, the learning-rate sweep, the three savings, the fidelity of the update, the picture, the claim."""
+    if w.size > 1:
+        raise BadInput("the demo is one process with workers of its own: run it with python, and --workers")
     run = report.Run(cfg.out, cfg, w)
-    with cluster.workers(cfg.workers) if w.size == 1 else contextlib.nullcontext() as pool:
+    with cluster.workers(cfg.workers) as pool:
         found, derived, best = sweep(cfg, w, pool)
     for (name, lr, seed), f in found.items():
         shown = {k: f[k] for k in ("train_loss", "val_loss", "losses")}
@@ -1427,10 +1419,9 @@ def demo(cfg: Config, w: cluster.World) -> None:
     w.print(f"\nrelative error (cosine) of the update if v of Adam's state at step {cfg.steps // 2} were averaged")
     pair = lambda n, lr: "{:.2f} ({:.2f})".format(*at("adam", lr)["fidelity"][n])
     grid("rules", pair, slim, [f"lr {lr:g}" for lr in lrs], lrs)
-    if w.main:
-        save_rules(derived, f"{cfg.out}/rules.json")
-        layout = {"ncols": 2, "figsize": (13, 4.6)}
-        w.print("\n" + report.picture(f"{cfg.out}/slimadam.png", functools.partial(draw, cfg, found), **layout))
+    save_rules(derived, f"{cfg.out}/rules.json")
+    picture = functools.partial(draw, cfg, found)
+    w.print("\n" + report.picture(f"{cfg.out}/slimadam.png", picture, ncols=2, figsize=(13, 4.6)))
     seeds, gap = range(cfg.seed, cfg.seed + cfg.seeds), {}
     for n in ("derived", "static"):
         gaps = [at(n, best, s)["val_loss"] - at("adam", best, s)["val_loss"] for s in seeds]
@@ -1484,7 +1475,7 @@ def make_model(cfg: Config, w: cluster.World) -> tuple[nn.Module, Text]:
         weights = open_weights(cfg.model)
         tokenizer, model = weights.tokenizer(), Llama(weights.config)
         state = weights.state_dict()
-        if weights.config["tie_word_embeddings"]:
+        if weights.config.get("tie_word_embeddings"):
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         model.load_state_dict(state)
         text = Text(cfg, lambda s: tokenizer.encode(s).ids)

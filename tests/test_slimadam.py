@@ -810,6 +810,15 @@ def test_demo_shortened(tmp_path, capsys):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1 + 8 + 3
 
 
+def test_rotary_angles_of_a_real_model_keep_their_precision():
+    c = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
+         "rms_norm_eps": 1e-5, "vocab_size": 8, "num_hidden_layers": 1}  # fmt: skip
+    model = slimadam.Llama(c).to("cpu", torch.bfloat16)
+    with mock.patch.object(slimadam, "rotate", wraps=slimadam.rotate) as rotate:
+        assert model(torch.arange(8)[None]).dtype == torch.bfloat16
+    close(rotate.call_args.args[1], torch.outer(torch.arange(8.0), slimadam.rope_frequencies(c)))
+
+
 @pytest.mark.weights
 def test_real_model_values():
     from common.weights import open_weights
