@@ -650,11 +650,7 @@ class Layer(nn.Module):
 
 
 class GPT(nn.Module):
-    """A Llama-style language model under Hugging Face's config keys and names, so real weights load as they are.
-
-    forward(ids (B, T)) -> logits (B, T, V), or with hidden=True the final states (B, T, C). `cache`: a dict that starts
-    as {}, takes a prompt, then one token a call.
-    """
+    """A Llama-style language model under Hugging Face's config keys and names, so real weights load as they are."""
 
     uses_cache = True
 
@@ -679,7 +675,10 @@ class GPT(nn.Module):
         return self.lm_head.weight if hasattr(self, "lm_head") else self.model.embed_tokens.weight
 
     def forward(self, ids: Tensor, cache: dict | None = None, hidden: bool = False) -> Tensor:
-        """Logits (B, T, V) of ids (B, T), whose positions go on from the cache; hidden: states (B, T, C)."""
+        """Logits (B, T, V) of ids (B, T), or with `hidden` the final states (B, T, C).
+
+        cache: a dict that starts as {}, takes a prompt, then one token a call; positions go on from it.
+        """
         past = cache[0][0].shape[2] if cache else 0
         where = torch.arange(past, past + ids.shape[1], device=ids.device)
         angle = torch.outer(where.float(), self.freq)  # (T, D/2)
@@ -845,15 +844,7 @@ class Trainer:
 
     def run(self, log: report.Run, what: str, path: str = "") -> "Trainer":
         """Train to the end, logging as `what`; checkpoints go to `path` if given, also when SIGTERM asks to stop."""
-        cfg, saved = self.cfg, -1
-
-        def save():
-            nonlocal saved
-            if path and saved != self.step:
-                saved = self.step
-                if self.w.main:
-                    cluster.save(path, self.state())
-
+        cfg = self.cfg
         bar = report.progress(None, what, self.w, None if cfg.supervised_tokens else cfg.steps, self.step)
         listen = cluster.stop_signal(self.w.device) if path else contextlib.nullcontext(bool)  # bool() is False
         with listen as stopping, bar:
@@ -863,13 +854,13 @@ class Trainer:
                     log.log(run=what, step=self.step, **line)
                     bar.set_postfix_str(f"loss {line['loss']:.3f}")
                 bar.update()
-                if cfg.save_every and self.step % cfg.save_every == 0:
-                    save()
-                if stopping():
-                    save()
+                stop = stopping()
+                save = stop or self.done() >= 1 or (cfg.save_every and self.step % cfg.save_every == 0)
+                if path and save and self.w.main:
+                    cluster.save(path, self.state())
+                if stop:
                     self.w.print(f"stopped by SIGTERM after step {self.step}; go on with --resume")
                     raise SystemExit(0)
-        save()
         return self
 
 
