@@ -10,13 +10,12 @@ Here     The claim we check: after training on up to 8 digits, sums of 10 and 12
          up to 3 digits, which each can learn. Five tasks: addition, subtraction, multiplication, bitwise OR, sorting;
          claims for addition alone.
 Differs  Pre-norm RMSNorm instead of LayerNorm after each part, without the head of the released model (--norm post
-         builds its exact shape); the loop's state starts at 0, not at noise; one offset per sample, not per batch;
-         queries scaled by the logarithm of their place; no weight decay; a schedule in steps, not in seconds, with a
-         constant batch; bf16, not fp16; fresh problems for ever, not 20 M stored ones; offsets 1..100, where the
-         released code has 1..101; sorting takes 51 labels, none of them a separator. Most of all, a curriculum: over
-         --short steps operands grow to full length, over --grow steps offsets grow to --max-offset. Without it
-         (and with the published initial gains; ours are 1) most runs tried never found the first digit of the answer,
-         because "=" carries no count: docs/results/abacus.md.
+         builds its exact shape); the loop's state starts at 0, in testing always, not at noise; one offset per sample,
+         not per batch, in 1..k, not 1..k+1; queries scaled by the logarithm of their place; no weight decay; bf16, not
+         fp16; a schedule in steps, not in seconds; a constant batch of fresh problems, not 20 M stored ones; 51 labels
+         in sorting, none a separator. Most of all, a curriculum: over --short steps operands grow to full length, over
+         --grow steps offsets to --max-offset. Without it (and with the published initial gains; ours are 1) most runs
+         tried never found the first digit of the answer, as "=" carries no count: docs/results/abacus.md.
          Presets paper and h200 have not been run; paper follows the published recipe and has no curriculum.
 
     python abacus.py                                             # laptop: tables, claim, picture
@@ -107,11 +106,11 @@ class Config:
     loss: str = opt("full", "gradients through all depth, or the published random one", choices=("full", "prog"))
     alpha: float = opt(1.0, "with --loss prog, the share of the random depth in the loss")
     seed: int = opt(0, "seed of the weights and the data")
+    dtype: str = opt("float32", "of the matrix products in training", choices=("float32", "bfloat16"))
+    # the run
     seeds: int = opt(1, "train so many seeds, from --seed on")
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    dtype: str = opt("float32", "of the matrix products in training", choices=("float32", "bfloat16"))
     compile: bool = opt(False, "compile the layers")
-    # files
     out: str = opt("results/abacus", "folder of what the run writes; train writes into its seedN/")
     resume: bool = opt(False, "train: go on from the checkpoint in --out")
     save_every: int = opt(200, "steps between checkpoints; 0 writes only the last")
@@ -129,8 +128,7 @@ class Config:
     workers: int = opt(2, "demo without torchrun: processes that share the models, one thread each")
     few: int = opt(3, "demo: most digits in training of the second table")
     few_steps: tuple = opt(
-        (400, 800, 800, 1200),
-        "demo: its steps, of Abacus and each rival (the last for all further ones): as each needs",
+        (400, 800, 800, 1200), "demo: its steps, of Abacus and each rival, the last for further ones"
     )
     model: str = opt("results/abacus/seed0/best.pt", "eval: the weights to try")
 
@@ -140,13 +138,15 @@ class Config:
             raise ValueError(f"unknown position {bad[0]!r} in --pos {self.pos}; choose from {', '.join(ENCODINGS)}")
         if "nope" in kinds and len(kinds) > 1:
             raise ValueError(f"--pos {self.pos}: nope is the absence of all others and joins none")
-        counts = "digits max_offset max_positions d_model n_layer n_head ff recurrences steps batch buckets seeds"
-        for name in (counts + " log_every probe_every per_length grid per_cell few").split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        counts = "digits max_offset max_positions d_model n_layer n_head ff recurrences steps batch buckets seeds few "
+        counts += "few_steps lengths probe log_every probe_every per_length grid per_cell"
+        for name in [*counts.split(), "short", "grow"]:
+            least, given = int(name in counts), getattr(self, name)
+            if min(given if isinstance(given, tuple) else (given,)) < least:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {given}")
         if self.d_model % self.n_head:
-            fit = [str(h) for h in range(1, self.d_model + 1) if self.d_model % h == 0][:8]
-            raise ValueError(f"--n-head {self.n_head} does not divide --d-model {self.d_model}; {', '.join(fit)} do")
+            fit = ", ".join([str(h) for h in range(1, self.d_model + 1) if self.d_model % h == 0][:8])
+            raise ValueError(f"--n-head {self.n_head} does not divide --d-model {self.d_model}; {fit} do")
         if "rope" in kinds and self.d_model // self.n_head % 2:
             raise ValueError(f"--pos rope turns pairs: --d-model / --n-head is {self.d_model // self.n_head}, not even")
         for f in fields(self):
@@ -155,26 +155,26 @@ class Config:
                 raise ValueError(f"unknown {f.name} {getattr(self, f.name)!r}; choose from {allowed}")
         if not 0 <= self.cooldown <= 1 or not 0 <= self.alpha <= 1:
             raise ValueError("--cooldown and --alpha are parts of a whole, between 0 and 1")
-        if min(self.short, self.grow, *(n - 1 for n in self.lengths + self.probe)) < 0:
-            raise ValueError("--short and --grow must be at least 0, --lengths and --probe at least 1")
 
 
+_names = [f.name for f in fields(Config)]  # a checkpoint goes on only under the same task ... dtype, which shape a run
+FIXED = _names[_names.index("task") : _names.index("dtype") + 1]
+
+GPU = {  # 100 + 100 digits after training on 20
+    "digits": 20, "max_offset": 100, "max_positions": 512, "ff": 1024, "buckets": 4, "beta2": 0.98, "dtype": "bfloat16",
+    "compile": True, "save_every": 500, "log_every": 50, "probe": (20, 30, 40, 60, 100), "probe_every": 250,
+    "lengths": (20, 40, 60, 80, 100, 110, 120), "per_length": 1000, "grid": 100, "per_cell": 100,
+}  # fmt: skip
 PRESETS = {
     "laptop": {},
-    "h200": {  # 100 + 100 digits after training on 20, within half an hour of one GPU
-        "digits": 20, "short": 500, "max_offset": 100, "grow": 500, "max_positions": 512, "d_model": 512,
-        "n_layer": 4, "n_head": 8, "ff": 1024, "steps": 9000, "batch": 4096, "buckets": 4, "lr": 6e-4,
-        "warmup": 270, "cooldown": 0.3, "save_every": 500,
-        "log_every": 50, "dtype": "bfloat16", "compile": True, "probe": (20, 30, 40, 60, 100), "probe_every": 250,
-        "beta2": 0.98, "per_length": 1000, "lengths": (20, 40, 60, 80, 100, 110, 120), "grid": 100, "per_cell": 100,
+    "h200": GPU | {  # within half an hour of one GPU
+        "short": 500, "grow": 500, "d_model": 512, "n_layer": 4, "n_head": 8, "steps": 9000, "batch": 4096, "lr": 6e-4,
+        "warmup": 270, "cooldown": 0.3,
     },
-    "paper": {  # the published shape and recipe, 8 layers x 2; the budget in steps is ours
-        "digits": 20, "short": 0, "max_offset": 100, "grow": 0, "offset_per": "batch", "max_positions": 512,
-        "d_model": 1024, "n_layer": 8, "beta2": 0.98, "per_length": 1000, "lengths": (20, 40, 60, 80, 100, 120),
-        "n_head": 16, "ff": 1024, "norm": "post", "injection": "recurrence", "logit_scale": "none", "steps": 4500,
-        "batch": 8192, "buckets": 4, "lr": 1e-4, "warmup": 450, "cooldown": 0.1, "weight_decay": 0.01, "clip": 0.5,
-        "loss": "prog", "state_init": "noise", "save_every": 500, "log_every": 50, "dtype": "bfloat16",
-        "compile": True, "probe": (20, 30, 40, 60, 100), "probe_every": 250, "grid": 100, "per_cell": 100,
+    "paper": GPU | {  # the published shape and recipe, 8 layers x 2; the budget in steps is ours
+        "short": 0, "grow": 0, "offset_per": "batch", "d_model": 1024, "n_layer": 8, "n_head": 16, "norm": "post",
+        "injection": "recurrence", "logit_scale": "none", "state_init": "noise", "loss": "prog", "steps": 4500,
+        "batch": 8192, "lr": 1e-4, "warmup": 450, "cooldown": 0.1, "weight_decay": 0.01, "clip": 0.5,
     },
 }  # fmt: skip
 
@@ -190,14 +190,10 @@ def digit_positions(ids: Tensor, digit_ids, offset: int | Tensor = 1) -> Tensor:
     token between them are one run. A position depends on the tokens before it alone. ValueError, TypeError.
     """
     _check_ids(ids)
-    _check_digits(digit_ids)
-    wanted = torch.as_tensor(digit_ids, device=ids.device)
-    return _positions(ids, wanted, _check_offset(offset, len(ids)).to(ids.device))
+    return _positions(ids, _digits(digit_ids).to(ids.device), _check_offset(offset, len(ids)).to(ids.device))
 
 
 def _positions(ids: Tensor, digit_ids: Tensor, offset: Tensor) -> Tensor:
-    if ids.numel() == 0:
-        return torch.zeros_like(ids, dtype=torch.long)
     digit = (ids[..., None] == digit_ids).any(dim=-1)  # (B, T)
     i = torch.arange(ids.shape[1], device=ids.device)
     last = torch.where(digit, -1, i).cummax(dim=1).values  # newest token that is no digit; -1: none so far
@@ -211,27 +207,28 @@ def _check_ids(ids: Tensor) -> None:
         raise ValueError(f"ids must have shape (batch, time), got {tuple(ids.shape)}")
 
 
-def _check_digits(digit_ids) -> None:
-    digit_ids = digit_ids.tolist() if isinstance(digit_ids, Tensor) else list(digit_ids)
-    if len(digit_ids) != 10 or len(set(digit_ids)) != 10:
-        raise ValueError(f"digit_ids must be ten distinct token ids, got {len(set(digit_ids))}")
+def _digits(digit_ids) -> Tensor:
+    distinct = set(digit_ids.tolist() if isinstance(digit_ids, Tensor) else digit_ids)
+    if len(digit_ids) != 10 or len(distinct) != 10:
+        raise ValueError(f"digit_ids must be ten distinct token ids, got {len(distinct)}")
+    return torch.as_tensor(digit_ids)
 
 
-def _check_offset(offset, batch: int, largest: int | None = None) -> Tensor:
+def _check_offset(offset, batch: int, largest: float = math.inf) -> Tensor:
     """offset as a tensor () or (B, 1). ValueError: another shape, or outside 1..largest."""
     offset = torch.as_tensor(offset)
     if offset.ndim and offset.shape != (batch, 1):
         raise ValueError(f"offset must be a scalar or (batch, 1), got {tuple(offset.shape)} for {batch} rows")
-    if (bad := offset[(offset < 1) | (offset > (largest or offset))]).numel():
-        raise ValueError(
-            f"offset must be {f'in 1..{largest}' if largest else 'at least 1'}, got {int(bad.flatten()[0])}"
-        )
+    if (bad := offset[(offset < 1) | (offset > largest)]).numel():
+        allowed = "at least 1" if largest == math.inf else f"in 1..{largest}"
+        raise ValueError(f"offset must be {allowed}, got {int(bad[0])}")
     return offset
 
 
-def _overflow(span: int, offset: int, rows: int) -> BadInput:
-    need = span + offset - 1
-    return BadInput(f"digit span of {span} tokens with offset {offset} needs row {need} but the table has {rows} rows")
+def _check_rows(span: int, offset: int, rows: int) -> None:
+    if (need := span + offset - 1) >= rows:
+        span = f"digit span of {span} tokens with offset {offset}"
+        raise BadInput(f"{span} needs row {need} but the table has {rows} rows")
 
 
 class AbacusEmbedding(nn.Module):
@@ -245,15 +242,14 @@ class AbacusEmbedding(nn.Module):
         super().__init__()
         if offset_per not in ("batch", "sample"):
             raise ValueError(f"offset_per must be batch or sample, got {offset_per!r}")
-        _check_digits(digit_ids)
-        self.register_buffer("digit_ids", torch.as_tensor(digit_ids), persistent=False)
+        self.register_buffer("digit_ids", _digits(digit_ids), persistent=False)
         self.max_offset, self.offset_per = max_offset, offset_per
         self.table = nn.Embedding(max_positions, dim)
 
     def draw(self, batch: int, generator: torch.Generator | None = None, largest: int = 0) -> Tensor:
-        """Random offsets in 1..(largest or max_offset): (batch, 1), or () with offset_per batch; on the CPU."""
-        shape = (batch, 1) if self.offset_per == "sample" else ()
-        return torch.randint(1, (largest or self.max_offset) + 1, shape, generator=generator)
+        """Random offsets in 1..(largest or max_offset), (batch, 1), all equal with offset_per batch; on the CPU."""
+        rows = batch if self.offset_per == "sample" else 1
+        return torch.randint(1, (largest or self.max_offset) + 1, (rows, 1), generator=generator).expand(batch, 1)
 
     def forward(self, ids: Tensor, offset=None, generator: torch.Generator | None = None) -> Tensor:
         """ids (B, T) -> (B, T, dim). ValueError: a count outgrows the table, or a bad offset."""
@@ -265,9 +261,8 @@ class AbacusEmbedding(nn.Module):
         row = _positions(ids, self.digit_ids, offset.to(ids.device, non_blocking=True))  # (B, T)
         if ids.shape[1] + largest - 1 >= self.table.num_embeddings and row.numel():  # only then look at the rows
             worst = int(row.max(dim=1).values.argmax())
-            need, own = int(row[worst].max()), int(offset.expand(len(ids), 1)[worst])
-            if need >= self.table.num_embeddings:
-                raise _overflow(need - own + 1, own, self.table.num_embeddings)
+            own = int(offset.expand(len(ids), 1)[worst])
+            _check_rows(int(row[worst].max()) - own + 1, own, self.table.num_embeddings)
         return self.table(row)
 
 
@@ -294,14 +289,13 @@ class FIRE(nn.Module):
 
 
 class GLU(nn.Module):
-    """down(value * gelu(gate))."""
+    """down(value * gelu(gate)): (..., C) -> (..., C)."""
 
     def __init__(self, C: int, F_: int):
         super().__init__()
         self.up, self.down = nn.Linear(C, 2 * F_, bias=False), nn.Linear(F_, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., C) -> (..., C)."""
         value, gate = self.up(x).chunk(2, dim=-1)  # (..., F) each
         return self.down(value * F.gelu(gate))
 
@@ -311,21 +305,20 @@ def _norm(cfg: "Config") -> nn.Module:
 
 
 class Layer(nn.Module):
-    """Causal attention, then a GLU; the norms before each part or after it."""
+    """Causal attention, then a GLU; the norms before each part or after it: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.H, self.pre, kinds = cfg.n_head, cfg.norm == "pre", cfg.pos.split("+")
-        self.qkv = nn.Linear(cfg.d_model, 3 * cfg.d_model, bias=False)
-        self.out = nn.Linear(cfg.d_model, cfg.d_model, bias=False)
-        self.glu = GLU(cfg.d_model, cfg.ff)
+        C = cfg.d_model
+        self.qkv, self.out = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False)
+        self.glu = GLU(C, cfg.ff)
         self.norms = nn.ModuleList([_norm(cfg), _norm(cfg)])
         self.rope, self.log = "rope" in kinds, cfg.logit_scale == "log"
         if "fire" in kinds:
             self.fire = FIRE(cfg.n_head)
 
     def attend(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.H)  # 3 x (B, H, T, D)
         T, D, dev = x.shape[1], q.shape[-1], x.device
         t = torch.arange(T, device=dev, dtype=torch.float32)
@@ -342,7 +335,6 @@ class Layer(nn.Module):
         return self.out(rearrange(y, "b h t d -> b t (h d)"))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
         first, second = self.norms
         if self.pre:
             x = x + self.attend(first(x))
@@ -362,9 +354,8 @@ class ArithmeticTransformer(nn.Module):
         self.cfg, kinds, C = cfg, cfg.pos.split("+"), cfg.d_model
         self.token = nn.Embedding(vocab_size(cfg.task), C)
         if "abacus" in kinds:
-            span = train_span(cfg.task, cfg.digits)
-            if cfg.max_offset + span > cfg.max_positions:
-                raise _overflow(span, cfg.max_offset, cfg.max_positions)
+            longest = {"add": cfg.digits + 1, "mul": 2 * cfg.digits}.get(cfg.task, cfg.digits)
+            _check_rows(longest, cfg.max_offset, cfg.max_positions)
             self.abacus = AbacusEmbedding(DIGITS, C, cfg.max_positions, cfg.max_offset, cfg.offset_per)
         if "learned" in kinds:
             self.learned = nn.Embedding(cfg.max_positions, C)
@@ -396,9 +387,7 @@ class ArithmeticTransformer(nn.Module):
 
     def embed(self, ids: Tensor, offset=None) -> Tensor:
         """e, the normalised sum of token and position embeddings: ids (B, T) -> (B, T, C)."""
-        e = self.token(ids)
-        if hasattr(self, "abacus"):
-            e = e + self.abacus(ids, offset)
+        e = self.token(ids) + self.abacus(ids, offset) if hasattr(self, "abacus") else self.token(ids)
         if hasattr(self, "learned"):
             if ids.shape[1] > self.cfg.max_positions:
                 raise BadInput(f"{ids.shape[1]} tokens exceed the {self.cfg.max_positions} learned positions")
@@ -424,9 +413,8 @@ class ArithmeticTransformer(nn.Module):
                     if how == "layer" or (how == "recurrence" and i == 0):
                         x = x + e
                     x = layer(x)
-        if self.cfg.norm == "post":
-            return self.decoder(self.map(self.norm_out(self.head(x))))
-        return self.decoder(self.norm_out(x))
+        x = self.map(self.norm_out(self.head(x))) if self.cfg.norm == "post" else self.norm_out(x)
+        return self.decoder(x)
 
 
 def _depths(R: int, alpha: float, generator: torch.Generator | None) -> list[tuple[int, int, float]]:
@@ -437,24 +425,30 @@ def _depths(R: int, alpha: float, generator: torch.Generator | None) -> list[tup
     return [d for d in ((R - K, K, 1 - alpha), (n, k, alpha)) if d[2]]
 
 
-def _summed(model, ids: Tensor, targets: Tensor, offset, depths) -> Tensor:
-    """Cross entropy summed over the targets that are not -100, in fp32, and over the depths by weight."""
-    terms = []
-    for before, R, weight in depths:
-        logits = model(ids[:, :-1], R, before, offset)  # (B, T - 1, V)
-        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-        terms.append(weight * F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
-    return torch.stack(terms).sum()
+class Objective(nn.Module):
+    """Cross entropy summed over the targets that are not -100, in fp32, and over the depths by weight. A module, so
+    that DDP sees one forward pass per bucket whatever the depths."""
+
+    def __init__(self, model: ArithmeticTransformer):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, targets: Tensor, offset, depths) -> Tensor:
+        terms = []
+        for before, R, weight in depths:
+            logits = self.model(ids[:, :-1], R, before, offset)  # (B, T - 1, V)
+            logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+            terms.append(weight * F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
+        return torch.stack(terms).sum()
 
 
 def progressive_loss(model, batch: "Batch", alpha: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
     """(1 - alpha) L_max + alpha L_prog, means over the targets. L_prog runs a random depth, the last steps of it with
     gradients; L_max the full depth, its last half with gradients (Bansal et al., arXiv:2202.05826)."""
-    offset = None
-    if model.training and hasattr(model, "abacus"):
-        offset = model.abacus.draw(len(batch.ids), generator)
+    drawn = model.training and hasattr(model, "abacus")
+    offset = model.abacus.draw(len(batch.ids), generator) if drawn else None
     depths = _depths(model.cfg.recurrences, alpha, generator)
-    return _summed(model, batch.ids, batch.targets, offset, depths) / (batch.targets != -100).sum().clamp(min=1)
+    return Objective(model)(batch.ids, batch.targets, offset, depths) / (batch.targets != -100).sum().clamp(min=1)
 
 
 # ---- the experiment: numbers least significant digit first, made on the device
@@ -471,11 +465,6 @@ TEXT = {i: c for c, i in CHARS.items()}
 def vocab_size(task: str) -> int:
     """Token ids of a task: the published 19, and those of labels and separators for sort."""
     return 21 + len(LABELS) if task == "sort" else 19
-
-
-def train_span(task: str, digits: int) -> int:
-    """Longest run of digits in training."""
-    return {"add": digits + 1, "mul": 2 * digits}.get(task, digits)
 
 
 def encode(text: str) -> Tensor:
@@ -513,29 +502,23 @@ class Batch(NamedTuple):
     lengths: Tensor  # (B, 2): digits of a and b; elements and most digits for sort
 
 
-def answer_targets(ids: Tensor) -> Tensor:
-    """Next-token targets after "=", EOS included: ids (B, T) -> (B, T - 1). ValueError: not one "=" in a row."""
+def answer_targets(ids: Tensor, check: bool = True) -> Tensor:
+    """Next-token targets after "=", EOS included: ids (B, T) -> (B, T - 1). ValueError: not one "=" in a row, which
+    takes a wait for the GPU to check."""
     _check_ids(ids)
-    count = (ids == EQUALS).sum(dim=1)
-    for row in (count != 1).nonzero().flatten().tolist():
-        raise ValueError(f"row {row} has {int(count[row])} '=' tokens, expected 1")
-    return _targets(ids)
-
-
-def _targets(ids: Tensor) -> Tensor:
-    after = (ids == EQUALS).cumsum(dim=1)[:, :-1] > 0  # (B, T - 1)
+    equals = ids == EQUALS
+    for row in (equals.sum(dim=1) != 1).nonzero().flatten().tolist() if check else ():
+        raise ValueError(f"row {row} has {int(equals[row].sum())} '=' tokens, expected 1")
+    after = equals.cumsum(dim=1)[:, :-1] > 0  # (B, T - 1)
     return ids[:, 1:].long().masked_fill(~after | (ids[:, 1:] == PAD), -100)
 
 
 def _pack(pieces: list[tuple[Tensor | int, Tensor | int]], batch: int, width: int, device) -> Tensor:
     """Rows of pieces set end to end, (B, width) or as wide as needed. A piece: tokens (B, w) or one id, and how many of
     them count, (B,) or a number."""
-    tokens, kept = [], []
-    for t, n in pieces:
-        t = torch.full((batch, 1), t, device=device) if isinstance(t, int) else t
-        n = n if isinstance(n, Tensor) else torch.full((batch,), n, device=device)
-        tokens.append(t)
-        kept.append(torch.arange(t.shape[1], device=device) < n[:, None])
+    wide = lambda x: torch.as_tensor(x, device=device).reshape(-1, 1).expand(batch, 1)
+    tokens = [wide(t) if isinstance(t, int) else t for t, _ in pieces]  # (B, w) each
+    kept = [torch.arange(t.shape[1], device=device) < wide(n) for t, (_, n) in zip(tokens, pieces, strict=True)]
     tokens, kept = torch.cat(tokens, dim=1), torch.cat(kept, dim=1)  # (B, all)
     place = kept.cumsum(dim=1) - 1
     width = width or (int(place.max()) + 1 if batch else 0)
@@ -555,12 +538,6 @@ def _home(generator) -> torch.device:
     return generator.device if generator else torch.device("cpu")
 
 
-def _newest(mask: Tensor) -> Tensor:
-    """For each column the newest lower column where mask holds, -1: none. (B, W) -> (B, W)."""
-    c = torch.arange(mask.shape[1], device=mask.device)
-    return F.pad(torch.where(mask, c, -1).cummax(dim=1).values, (1, 0), value=-1)[:, :-1]
-
-
 def _length(digits: Tensor) -> Tensor:
     """Digits of each number without leading zeros, at least 1: (B, W) -> (B,)."""
     c = torch.arange(digits.shape[1], device=digits.device)
@@ -569,7 +546,8 @@ def _length(digits: Tensor) -> Tensor:
 
 def _carry(decides: Tensor, yes: Tensor) -> Tensor:
     """1 where a column receives a carry: the newest lower column that decides says yes. All (B, W)."""
-    at = _newest(decides)
+    c = torch.arange(decides.shape[1], device=decides.device)
+    at = F.pad(torch.where(decides, c, -1).cummax(dim=1).values, (1, 0), value=-1)[:, :-1]  # the newest lower, or -1
     return ((at >= 0) & yes.gather(1, at.clamp(min=0))).long()
 
 
@@ -605,14 +583,12 @@ def _arithmetic(task: str, cells: Tensor, generator, device) -> list:
     i, j = cells.to(device).unbind(dim=1)
     W = int(cells.max()) + (task == "add") if len(cells) else 1
     a, b = _number(i, W, generator, device), _number(j, W, generator, device)  # (B, W)
-    sign = {"add": PLUS, "sub": MINUS, "mul": TIMES}[task]
-    end = []
+    question = [(a + 4, i), ({"add": PLUS, "sub": MINUS, "mul": TIMES}[task], 1), (b + 4, j), (EQUALS, 1)]
     if task == "sub":
         c, negative = sub_digits(a, b)
-        end = [(torch.full_like(c[:, :1], MINUS), negative.long())]  # reversed, a sign comes last
-    else:
-        c = add_digits(a, b) if task == "add" else mul_digits(a, b)
-    return [(a + 4, i), (sign, 1), (b + 4, j), (EQUALS, 1), (c + 4, _length(c)), *end]
+        return [*question, (c + 4, _length(c)), (MINUS, negative.long())]  # reversed, a sign comes last
+    c = add_digits(a, b) if task == "add" else mul_digits(a, b)
+    return [*question, (c + 4, _length(c))]
 
 
 def _or(cells: Tensor, generator, device) -> list:
@@ -637,19 +613,16 @@ def _sort(cells: Tensor, generator, device) -> list:
     value = _number(size.flatten(), n, generator, device).unflatten(0, (len(i), m))  # (B, m, n)
     label = ((u[:, :1] * len(LABELS)).long() + torch.arange(m, device=device)) % len(LABELS) + LABEL  # (B, m)
     order = torch.arange(m, device=device).expand(len(i), m)
-    for c in range(n):  # radix sort: stable, from the least significant digit
-        order = order.gather(1, value[..., c].gather(1, order).argsort(dim=1, stable=True))
-    absent = (order >= i[:, None]).long().argsort(dim=1, stable=True)  # elements beyond the row's own go last
-    order, pieces = order.gather(1, absent), []
+    absent = (order >= i[:, None]).long()  # elements beyond the row's own go last
+    for key in (*value.unbind(dim=2), absent):  # radix sort: stable, from the least significant digit
+        order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
+    answer, question, end = label.gather(1, order), [], []
     for e in range(m):
         there = (e < i).long()
-        pieces += [(COMMA, there * (e > 0)), (label[:, e : e + 1], there), (COLON, there)]
-        pieces += [(value[:, e] + 4, size[:, e] * there)]
-    pieces.append((EQUALS, 1))
-    for e in range(m):
-        there = (e < i).long()
-        pieces += [(COMMA, there * (e > 0)), (label.gather(1, order[:, e : e + 1]), there)]
-    return pieces
+        comma = (COMMA, there * (e > 0))
+        question += [comma, (label[:, [e]], there), (COLON, there), (value[:, e] + 4, size[:, e] * there)]
+        end += [comma, (answer[:, [e]], there)]
+    return [*question, (EQUALS, 1), *end]
 
 
 def example_width(task: str, i, j):
@@ -662,13 +635,10 @@ def example_width(task: str, i, j):
 
 def _cells(batch: int, lengths, generator) -> Tensor:
     """(B, 2) lengths, uniform over the cells that `lengths` names; on the CPU."""
-    if isinstance(lengths, int):
-        lengths = (1, lengths)
-    if len(lengths) and not isinstance(lengths[0], int):
-        cells = torch.tensor([tuple(c) for c in lengths])  # (cells, 2)
-    else:
-        lo, hi = lengths
-        cells = torch.tensor(list(product(range(lo, hi + 1), repeat=2))).reshape(-1, 2)
+    cells = (1, lengths) if isinstance(lengths, int) else lengths
+    if len(cells) == 2 and isinstance(cells[0], int):
+        cells = product(range(cells[0], cells[1] + 1), repeat=2)
+    cells = torch.tensor([tuple(c) for c in cells])  # (cells, 2)
     if not len(cells) or cells.min() < 1:
         raise ValueError(f"lengths must be N >= 1, (least, most) or a list of (i, j), got {lengths}")
     return cells[torch.randint(len(cells), (batch,), generator=generator, device=_home(generator)).cpu()]
@@ -683,10 +653,9 @@ def make_batch(task: str, batch: int, lengths=20, device="cpu", generator: torch
 
 
 def _fill(task: str, cells: Tensor, generator, device, width: int = 0) -> Batch:
-    make = {"or": _or, "sort": _sort}.get(task) or functools.partial(_arithmetic, task)
-    pieces = make(cells, generator, torch.device(device))
-    ids = _pack([*pieces, (EOS, 1)], len(cells), width, device)
-    return Batch(ids, _targets(ids), cells)
+    make = {"or": _or, "sort": _sort}.get(task, functools.partial(_arithmetic, task))
+    ids = _pack([*make(cells, generator, device), (EOS, 1)], len(cells), width, device)
+    return Batch(ids, answer_targets(ids, check=False), cells)
 
 
 # ---- the experiment: exact match in one pass
@@ -711,7 +680,6 @@ def score(model, ids: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([right.all(1), (right | (asked != 1)).all(1), (right | (asked == 1)).all(1)], dim=1)
 
 
-@torch.no_grad()
 def generate(model, prompt_ids: Tensor, max_new: int, eos: int = EOS) -> Tensor:
     """Greedy continuation, token by token: prompt_ids (B, T) or (T,) -> the new tokens alone, (B, up to max_new), PAD
     after eos. The prompts of a batch must have one length."""
@@ -741,22 +709,24 @@ def evaluate_cells(model, cells, n: int, task: str = "add", seed: int = 0, what:
     """Accuracy of n problems of each cell (i, j): (cells, 3) float64, columns as in score. Collective: the ranks of
     `group` share the work, in pieces that do not depend on their number. what: names a progress bar."""
     device = next(model.parameters()).device
-    w = cluster.World(dist.get_rank(), dist.get_world_size(group), device) if dist.is_initialized() else None
+    together = dist.is_initialized()
+    w = cluster.World(dist.get_rank(), dist.get_world_size(group), device) if together else cluster.World(0, 1, device)
     room, parts = 2**20 if device.type == "cuda" else 2**14, []  # tokens in a piece
     for c in sorted(range(len(cells)), key=lambda c: example_width(task, *cells[c])):  # like widths together
         if not parts or (len(parts[-1]) + 1) * n * example_width(task, *cells[c]) > room:
             parts.append([])
         parts[-1].append(c)
-    parts = parts[w.rank % w.size :: w.size] if w else parts
+    parts = parts[w.rank % w.size :: w.size]
     found = torch.zeros(len(cells), 3, dtype=torch.float64)
     with _evaluating(model):
-        for part in report.progress(parts, what, w) if w and what else parts:
+        for part in report.progress(parts, what, w) if what else parts:
             made = [problems(task, *cells[c], n, seed).ids for c in part]
             wide = max(x.shape[1] for x in made)
             ids = torch.cat([F.pad(x, (0, wide - x.shape[1]), value=PAD) for x in made]).to(device)
-            right = torch.cat([score(model, b, _targets(b)) for b in ids.split(max(1, room // wide))])  # (part * n, 3)
+            pieces = ids.split(max(1, room // wide))
+            right = torch.cat([score(model, x, answer_targets(x, check=False)) for x in pieces])  # (part * n, 3)
             found[part] = right.double().unflatten(0, (len(part), n)).mean(dim=1).cpu()
-    return cluster.total(found.to(device), group).cpu() if w else found
+    return cluster.total(found.to(device), group).cpu() if together else found
 
 
 def evaluate_grid(model, sizes_a, sizes_b, n=100, task="add", seed=0, what="", group=None) -> Tensor:
@@ -766,24 +736,6 @@ def evaluate_grid(model, sizes_a, sizes_b, n=100, task="add", seed=0, what="", g
 
 
 # ---- the experiment: training
-
-# settings that change the numbers of a run; a checkpoint goes on only under the same ones
-FIXED = (
-    "task", "digits", "short", "pos", "max_offset", "offset_per", "grow", "max_positions", "d_model", "n_layer",
-    "recurrences", "n_head", "ff", "norm", "injection", "logit_scale", "state_init", "steps", "batch", "buckets", "lr",
-    "warmup", "cooldown", "beta2", "weight_decay", "clip", "loss", "alpha", "seed", "dtype",
-)  # fmt: skip
-
-
-class Objective(nn.Module):
-    """The summed loss as a module, so that DDP sees one forward pass per bucket whatever the depths."""
-
-    def __init__(self, model: ArithmeticTransformer):
-        super().__init__()
-        self.model = model
-
-    def forward(self, ids: Tensor, targets: Tensor, offset, depths) -> Tensor:
-        return _summed(self.model, ids, targets, offset, depths)
 
 
 class Trainer:
@@ -797,9 +749,9 @@ class Trainer:
         if cfg.batch % (w.size * cfg.buckets):
             raise BadInput(f"--batch {cfg.batch} does not divide over {w.size} processes x --buckets {cfg.buckets}")
         self.model = ArithmeticTransformer(cfg).to(w.device)
-        matrices = [p for n, p in self.model.named_parameters() if p.ndim > 1 and p.requires_grad]
-        rest = [p for p in self.model.parameters() if p.ndim < 2 and p.requires_grad]
-        groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        split = ([p for p in trained if p.ndim > 1], cfg.weight_decay), ([p for p in trained if p.ndim < 2], 0.0)
+        groups = [{"params": params, "weight_decay": decay} for params, decay in split]
         self.optimizer = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)
         if state:
             self.model.load_state_dict(state["model"])
@@ -808,18 +760,20 @@ class Trainer:
         if cfg.compile:
             for layer in self.model.layers:
                 layer.compile()
-        shallow = cfg.loss == "prog" and cfg.injection in ("none", "first")  # then e may get no gradient
         self.objective = Objective(self.model)
         if w.size > 1:  # on one process it would only cost a tenth of a step
-            how = {"process_group": group, "find_unused_parameters": shallow}
-            self.objective = DistributedDataParallel(self.objective, **how)
+            unused = cfg.loss == "prog" and cfg.injection in ("none", "first")  # then e may get no gradient
+            self.objective = DistributedDataParallel(self.objective, process_group=group, find_unused_parameters=unused)
 
-    def state(self) -> dict:
-        setting = {name: getattr(self.cfg, name) for name in FIXED}
-        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-        return {**parts, "best": self.best, "setting": setting}
+    def state(self, whole: bool = True) -> dict:
+        """What checkpoint.pt holds; not whole, what best.pt holds: weights in half precision, small to carry away."""
+        state = {"model": self.model.state_dict(), "step": self.step}
+        state["setting"] = {name: getattr(self.cfg, name) for name in FIXED}
+        if whole:
+            return state | {"optimizer": self.optimizer.state_dict(), "best": self.best}
+        return state | {"model": {n: p.half() for n, p in state["model"].items()}}
 
-    def batches(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    def batches(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The step's buckets, each (ids, targets, offsets), shortest first: a function of seed and step alone.
 
         All lengths of the batch are drawn first and then sorted, so every cell (i, j) stays equally likely.
@@ -829,15 +783,13 @@ class Trainer:
         cells = _cells(cfg.batch, grown(cfg.short, cfg.digits), g)
         width = example_width(cfg.task, cells[:, 0], cells[:, 1])
         order, unit = width.argsort(stable=True), 8 if self.w.device.type == "cuda" else 1
-        offset = None
+        offset = torch.ones(cfg.batch, 1, dtype=torch.long)
         if hasattr(self.model, "abacus"):
             offset = self.model.abacus.draw(cfg.batch, g, grown(cfg.grow, cfg.max_offset))
         parts = []
-        for k, part in enumerate(order.chunk(cfg.buckets)):
+        for part, shift in zip(order.chunk(cfg.buckets), offset.chunk(cfg.buckets), strict=True):
             wide = -(-int(width[part].max()) // unit) * unit
-            b = _fill(cfg.task, cells[part], g, self.w.device, wide)
-            mine = offset[k * len(part) : (k + 1) * len(part)] if offset is not None and offset.ndim else offset
-            parts.append((b.ids, b.targets, mine))
+            parts.append((*_fill(cfg.task, cells[part], g, self.w.device, wide)[:2], shift))
         return parts
 
     def advance(self, log: bool) -> dict:
@@ -845,24 +797,21 @@ class Trainer:
         cfg, w = self.cfg, self.w
         parts = self.batches()
         count = sum((targets != -100).sum() for _, targets, _ in parts)  # over all ranks: each made the whole batch
-        depths = [(0, cfg.recurrences, 1.0)]
         if cfg.state_init == "noise":  # drawn from torch's own generator: let it too depend on seed and step alone
             torch.manual_seed(cluster.generator(cfg.seed, 5, self.step).initial_seed())
-        if cfg.loss == "prog":
-            depths = _depths(cfg.recurrences, cfg.alpha, cluster.generator(cfg.seed, 4, self.step))
-        total = torch.zeros((), device=w.device)
+        random = _depths(cfg.recurrences, cfg.alpha, cluster.generator(cfg.seed, 4, self.step))
+        depths = random if cfg.loss == "prog" else [(0, cfg.recurrences, 1.0)]
+        total, mine = torch.zeros((), device=w.device), slice(w.rank % w.size, None, w.size)
         for k, (ids, targets, offset) in enumerate(parts):
-            mine = slice(w.rank % w.size, None, w.size)
-            offset = offset[mine] if offset is not None and offset.ndim else offset
             self.objective.require_backward_grad_sync = k == len(parts) - 1
             with torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-                loss = self.objective(ids[mine], targets[mine], offset, depths)
+                loss = self.objective(ids[mine], targets[mine], offset[mine], depths)
             (loss * w.size / count).backward()  # DDP averages over the ranks
             total += loss.detach()
         falling = (cfg.steps - self.step) / max(1, cfg.cooldown * cfg.steps)
         lr = cfg.lr * min(1, (self.step + 1) / max(1, cfg.warmup), falling)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for params in self.optimizer.param_groups:
+            params["lr"] = lr
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), cfg.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -873,10 +822,11 @@ class Trainer:
 
     def probe(self, lengths: tuple, n: int = 64) -> dict:
         """Exact match, first digit and all other digits at n+n digits (sort: n elements of n digits). Collective."""
-        cells = [(m, m) for m in lengths]
-        found = evaluate_cells(self.model, cells, n, self.cfg.task, self.cfg.seed, "", self.group).tolist()
-        names = enumerate(("exact", "first", "rest"))
-        return {f"{name}_{m}": row[i] for i, name in names for m, row in zip(lengths, found, strict=True)}
+        cells, names = [(m, m) for m in lengths], ("exact", "first", "rest")
+        found = evaluate_cells(self.model, cells, n, self.cfg.task, self.cfg.seed, "", self.group).T.tolist()
+        return {
+            f"{name}_{m}": x for name, row in zip(names, found, strict=True) for m, x in zip(lengths, row, strict=True)
+        }
 
     def run(self, log, what: str, folder: str = "") -> "Trainer":
         """Train to the end, calling log(run=what, ...). With `folder`, checkpoint.pt (also on SIGTERM) and best.pt go
@@ -894,7 +844,7 @@ class Trainer:
                     if folder and sum(exact) >= self.best:
                         self.best = sum(exact)
                         if w.main:
-                            save_weights(f"{folder}/best.pt", self)
+                            cluster.save(f"{folder}/best.pt", self.state(whole=False))
                 if line:
                     log(run=what, step=self.step, **line)
                     bar.set_postfix_str(f"{shown} loss {line.get('loss', math.nan):.3f}")
@@ -924,20 +874,6 @@ def check_resume(state: dict, cfg: Config) -> None:
         raise BadInput(f"the checkpoint was trained with {', '.join(differ)}. Pass the same, or another --out.")
 
 
-def save_weights(path: str, trainer: Trainer) -> None:
-    """Half-precision weights with the settings that build the model: small enough to carry away."""
-    weights = {n: p.half() for n, p in trainer.model.state_dict().items()}
-    cluster.save(path, {"model": weights, "step": trainer.step, "setting": trainer.state()["setting"]})
-
-
-def load_weights(path: str, cfg: Config, device) -> ArithmeticTransformer:
-    """The model that save_weights or a checkpoint holds, in fp32 and eval mode."""
-    state = cluster.load(path)
-    model = ArithmeticTransformer(replace(cfg, **state["setting"]))
-    model.load_state_dict({n: p.float() for n, p in state["model"].items()})
-    return model.to(device).eval()
-
-
 def train(cfg: Config, resume: str | None = None) -> list[dict]:
     """Train cfg.seeds seeds, each in its own folder of cfg.out; returns the last probe of each. resume: a checkpoint to
     go on from; cfg.resume: go on from each seed's own. BadInput: the checkpoint has other settings."""
@@ -946,8 +882,9 @@ def train(cfg: Config, resume: str | None = None) -> list[dict]:
         for seed in range(cfg.seed, cfg.seed + cfg.seeds):
             c, folder = replace(cfg, seed=seed), f"{cfg.out}/seed{seed}"
             path = resume or f"{folder}/checkpoint.pt"
-            state = cluster.load(path) if resume or (cfg.resume and (seed == cfg.seed or Path(path).exists())) else None
-            if state:
+            state = None
+            if resume or (cfg.resume and (seed == cfg.seed or Path(path).exists())):
+                state = cluster.load(path)
                 check_resume(state, c)
             elif w.main:
                 cluster.set_aside(path)
@@ -972,17 +909,22 @@ def train(cfg: Config, resume: str | None = None) -> list[dict]:
 # ---- demo: the claim
 
 
+def examine(model, cfg: Config, seed: int, what: str = "", group=None) -> dict:
+    """Exact match, first digit and the rest at cfg.lengths, and exact match on a grid of lengths. Collective."""
+    cells, sizes = [(n, n) for n in cfg.lengths], range(1, cfg.grid + 1)
+    columns = evaluate_cells(model, cells, cfg.per_length, cfg.task, seed, "", group).T.tolist()
+    exact, first, rest = (dict(zip(cfg.lengths, column, strict=True)) for column in columns)
+    grid = evaluate_grid(model, sizes, sizes, cfg.per_cell, cfg.task, seed, f"{what}grid", group)
+    f = {"pos": cfg.pos, "digits": cfg.digits, "seed": cfg.seed, "exact": exact, "first": first, "rest": rest}
+    return f | {"trained": grid[: cfg.digits, : cfg.digits].mean().item(), "steps": cfg.steps, "grid": grid.tolist()}
+
+
 def measure(cfg: Config, w: cluster.World, group=None) -> tuple[dict, list[dict]]:
-    """Train one model; measure it over cfg.lengths and on a grid of lengths: what was found, and the lines to log."""
+    """Train one model and examine it: what was found, and the lines to log."""
     start, lines, what = time.process_time(), [], f"{cfg.pos}, <= {cfg.digits} digits, seed {cfg.seed}"
     log = lambda **values: lines.append(values)
-    model, sizes = Trainer(cfg, w, group=group).run(log, what).model, range(1, cfg.grid + 1)
-    diagonal = evaluate_cells(model, [(m, m) for m in cfg.lengths], cfg.per_length, cfg.task, cfg.seed, "", group)
-    grid = evaluate_grid(model, sizes, sizes, cfg.per_cell, cfg.task, cfg.seed, f"{what}: grid", group)
-    exact, first, rest = (dict(zip(cfg.lengths, column, strict=True)) for column in diagonal.T.tolist())
-    f = {"pos": cfg.pos, "digits": cfg.digits, "seed": cfg.seed, "exact": exact, "first": first, "rest": rest}
-    f |= {"trained": grid[: cfg.digits, : cfg.digits].mean().item(), "steps": cfg.steps, "grid": grid.tolist()}
-    f["cpu_seconds"] = time.process_time() - start
+    model = Trainer(cfg, w, group=group).run(log, what).model
+    f = examine(model, cfg, cfg.seed, f"{what}: ", group) | {"cpu_seconds": time.process_time() - start}
     log(measured=what, **f)
     w.print(f"{what}: done in {f['cpu_seconds']:.0f} CPU seconds")
     return f, lines
@@ -1077,23 +1019,19 @@ def draw(found: list[dict], figure, axes) -> None:
 
 def evaluate(cfg: Config, w: cluster.World) -> None:
     """Try the weights of --model: a table over --lengths, the grid and its picture, and one problem token by token."""
-    model = load_weights(cfg.model, cfg, w.device)
-    c, run = model.cfg, report.Run(f"{cfg.out}/eval", cfg, w)
-    found = evaluate_cells(model, [(n, n) for n in cfg.lengths], cfg.per_length, c.task, cfg.seed, "lengths").tolist()
-    rows = [[f"{n}+{n}", *row] for n, row in zip(cfg.lengths, found, strict=True)]
+    state = cluster.load(cfg.model)  # best.pt or a checkpoint.pt
+    c, run, start = replace(cfg, **state["setting"]), report.Run(f"{cfg.out}/eval", cfg, w), time.perf_counter()
+    model = ArithmeticTransformer(c).to(w.device).eval()
+    model.load_state_dict(state["model"])
+    f = examine(model, c, cfg.seed)
+    rows = [[f"{n}+{n}", f["exact"][n], f["first"][n], f["rest"][n]] for n in c.lengths]
     w.print(report.table(["digits", "exact match", "first digit", "all others"], rows))
-    start, sizes = time.perf_counter(), range(1, cfg.grid + 1)
-    grid = evaluate_grid(model, sizes, sizes, cfg.per_cell, c.task, cfg.seed, "grid")
-    seconds, known = time.perf_counter() - start, torch.zeros_like(grid, dtype=torch.bool)
-    known[: c.digits, : c.digits] = True
-    shares = [
-        f"{name} {grid[part].mean():.3f}" for name, part in (("trained", known), ("others", ~known)) if part.any()
-    ]
-    w.print(f"grid 1..{cfg.grid}, {cfg.per_cell} problems a cell, {seconds:.1f} s: lengths {', '.join(shares)}")
-    run.log(lengths=cfg.lengths, found=found, grid=grid.tolist(), seconds=seconds)
+    beyond = [x for a, row in enumerate(f["grid"], 1) for b, x in enumerate(row, 1) if max(a, b) > c.digits]
+    shares = f"lengths trained {f['trained']:.3f}" + (f", others {sum(beyond) / len(beyond):.3f}" if beyond else "")
+    w.print(f"grid 1..{c.grid}, {c.per_cell} problems a cell: {shares}; {time.perf_counter() - start:.1f} s")
+    run.log(**f)
     if w.main:
-        seen = {"pos": c.pos, "digits": c.digits, "seed": c.seed, "grid": grid.tolist()}
-        paint = functools.partial(draw, [seen])
+        paint = functools.partial(draw, [f])
         w.print(report.picture(f"{cfg.out}/eval/grid.png", paint, figsize=(6, 5), squeeze=False))
     ids = problems(c.task, cfg.lengths[-1], cfg.lengths[-1], 1, cfg.seed).ids
     prompt, right = ids[:, : int((ids == EQUALS).nonzero()[0, 1]) + 1], decode(ids[0]).split("=")[1]
@@ -1103,18 +1041,18 @@ def evaluate(cfg: Config, w: cluster.World) -> None:
 
 def bench(cfg: Config, w: cluster.World) -> None:
     """Problems made per second, training steps, and one pass against token by token, beside what limits them."""
-    copy, flops = report.ceilings(w.device)
+    copy, flops = report.ceilings(w.device, getattr(torch, cfg.dtype))
     trainer, found = Trainer(cfg, w), {"device": report.device_name(w.device), "config": asdict(cfg)}
-    w.print(
-        f"{found['device']}; measured: copy {copy / 1e9:.1f} GB/s, fp32 matrix product {flops / 1e12:.3f} TFLOP/s\n"
-    )
+    rates = f"copy {copy / 1e9:.1f} GB/s, {cfg.dtype} matrix product {flops / 1e12:.3f} TFLOP/s"
+    w.print(f"{found['device']}; measured: {rates}\n")
+    ms = lambda seconds, spread: f"{seconds * 1e3:.2f} ± {spread * 1e3:.2f} ms"
 
     many = lambda task: make_batch(task, 4096, cfg.digits, w.device, cluster.generator(cfg.seed))
     made, rows = report.timed({t: functools.partial(many, t) for t in TASKS}, w.device), []
     for t, (s, spread) in made.items():
         floor = sum(2 * x.numel() * x.element_size() for x in many(t)[:2]) / copy  # written once, as a copy counts
-        rows.append([t, f"{4096 / s:.3g}", f"{s * 1e3:.2f} ± {spread * 1e3:.2f}", f"{floor * 1e3:.2f}"])
-    w.print(report.table([f"<= {cfg.digits} digits", "problems/s", "ms per 4096", "floor ms"], rows))
+        rows.append([t, f"{4096 / s:.3g}", ms(s, spread), f"{floor * 1e3:.2f} ms"])
+    w.print(report.table([f"<= {cfg.digits} digits", "problems/s", "4096 of them", "floor"], rows))
     found["problems per second"] = {t: 4096 / s for t, (s, _) in made.items()}
 
     trainer.step = max(cfg.short, cfg.grow)  # lengths as after the curriculum
@@ -1123,22 +1061,18 @@ def bench(cfg: Config, w: cluster.World) -> None:
     s, spread = report.timed({"step": advance}, w.device, repeats=5)["step"]
     floor = 6 * cfg.recurrences * sum(p.numel() for p in trainer.model.layers.parameters()) * tokens / flops
     found |= {"step seconds": s, "step floor": floor, "examples per second": cfg.batch / s}
-    w.print(
-        f"\ntraining: {cfg.batch / s:.0f} examples/s, {s * 1e3:.0f} ± {spread * 1e3:.0f} ms a step; "
-        f"floor, its matrix products at the measured rate: {floor * 1e3:.0f} ms ({floor / s:.0%})"
-    )
+    limit = f"floor, its matrix products at the measured rate: {floor * 1e3:.0f} ms ({floor / s:.0%})"
+    w.print(f"\ntraining: {cfg.batch / s:.0f} examples/s, {ms(s, spread)} a step; {limit}")
 
     model, b = trainer.model, problems(cfg.task, cfg.grid, cfg.grid, cfg.per_length)
     ids, targets = b.ids.to(w.device), b.targets.to(w.device)
     prompt, new = ids[:, : int((ids[0] == EQUALS).nonzero()[0]) + 1], int((targets != -100).sum(dim=1).max())
     one = lambda: evaluate_cells(model, [(cfg.grid, cfg.grid)], cfg.per_length, cfg.task)
     cases = {"one pass": one, "token by token": lambda: generate(model, prompt, new, eos=-1)}
-    (s, spread), (slow, wide) = report.timed(cases, w.device, repeats=5).values()
-    found["one pass against token by token"] = slow / s
-    w.print(
-        f"\n{cfg.per_length} problems of {cfg.grid}+{cfg.grid}: one pass {s * 1e3:.0f} ± {spread * 1e3:.0f} ms, with "
-        f"making the problems; token by token, {new} passes, {slow * 1e3:.0f} ± {wide * 1e3:.0f} ms: {slow / s:.1f} x"
-    )
+    whole, single = report.timed(cases, w.device, repeats=5).values()
+    ratio = found["one pass against token by token"] = single[0] / whole[0]
+    w.print(f"\n{cfg.per_length} problems of {cfg.grid}+{cfg.grid}: one pass, with making them, {ms(*whole)};")
+    w.print(f"token by token, {new} passes, {ms(*single)}: {ratio:.1f} x")
     if w.main:
         report.write_json(f"{cfg.out}/bench.json", found)
 

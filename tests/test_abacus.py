@@ -546,7 +546,7 @@ OVERFLOW = "digit span of 40 tokens with offset 16 needs row 55 but the table ha
         (lambda: A.Config(cooldown=2.0), ValueError, "between 0 and 1"),
         (lambda: A.Config(loss="half"), ValueError, "unknown loss 'half'; choose from full, prog"),
         (lambda: A.Config(grow=-1), ValueError, "--grow must be at least 0"),
-        (lambda: A.Config(probe=(3, 0)), ValueError, "--probe at least 1"),
+        (lambda: A.Config(probe=(3, 0)), ValueError, "--probe must be at least 1"),
         (lambda: A.AbacusEmbedding(A.DIGITS, 4, offset_per="token"), ValueError, "batch or sample, got 'token'"),
         (lambda: A.make_batch("div", 3), ValueError, "'div'; choose from add, sub, mul, or, sort"),
         (lambda: A.make_batch("add", 3, 0), ValueError, "lengths must be"),
