@@ -113,9 +113,7 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         if self.lines < 0 or (self.lines and self.parallel == "fsdp"):
-            raise ValueError(
-                f"--lines {self.lines}: samples whole gradients; give 0 or more, and --parallel ddp with it"
-            )
+            raise ValueError(f"--lines {self.lines} samples whole gradients: give 0 or more, and --parallel ddp")
         if self.d_model % self.n_head:
             raise ValueError(f"--d-model {self.d_model} is not a multiple of --n-head {self.n_head}")
         if not 0 <= self.burn_in < 1:
@@ -507,7 +505,16 @@ class Piece:
     first: bool  # the piece that advances the tensor's step
     decays: bool  # weight decay applies
     g: Tensor | None = None
-    triton: bool = False  # the Triton step can take it
+    triton: bool = False  # moved by the Triton step
+
+    def __post_init__(self):
+        self.mode, self.rows_cols = _matrix(tuple(self.p.shape), self.K)
+
+    def fits_triton(self) -> bool:
+        """False if only the torch path can move it. The same on every rank."""
+        whole = all(t.is_contiguous() for t in (self.p, self.m, self.v)) and self.v.dtype == torch.float32
+        summed = not self.groups or self.mode in (kernels.COL, kernels.SCALAR)
+        return self.mode >= 0 and whole and summed and {self.p.dtype, self.m.dtype} <= TRITON_DTYPES
 
     def where(self, rows: slice, device) -> Tensor:
         """Places of p[rows]'s entries in the whole tensor."""
@@ -519,14 +526,14 @@ class Piece:
         return out
 
 
-def _matrix(shape: tuple, K: tuple) -> tuple[int, int, int]:
-    """(mode, rows, cols) of the Triton step for a tensor averaged over K; mode -1 when K is not at one end."""
+def _matrix(shape: tuple, K: tuple) -> tuple[int, tuple[int, int]]:
+    """(mode, (rows, cols)) of the Triton step for a tensor averaged over K; mode -1 when K is not at one end."""
     ndim, k = len(shape), len(K)
     if k in (0, ndim):
-        return (kernels.SCALAR if K else kernels.FULL), 1, math.prod(shape)
+        return (kernels.SCALAR if K else kernels.FULL), (1, math.prod(shape))
     if K == tuple(range(ndim - k, ndim)):
-        return kernels.ROW, math.prod(shape[:-k]), math.prod(shape[-k:])
-    return (kernels.COL if K == tuple(range(k)) else -1), math.prod(shape[:k]), math.prod(shape[k:])
+        return kernels.ROW, (math.prod(shape[:-k]), math.prod(shape[-k:]))
+    return (kernels.COL if K == tuple(range(k)) else -1), (math.prod(shape[:k]), math.prod(shape[k:]))
 
 
 class SlimAdamW(torch.optim.Optimizer):
@@ -576,7 +583,7 @@ class SlimAdamW(torch.optim.Optimizer):
         if not any(x["params"] if isinstance(x, dict) else True for x in params):
             raise ValueError("empty parameter list: give model.named_parameters(), which had nothing left to give here")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize))
-        self._resolve(self.param_groups, rules)
+        self._take(self.param_groups, self._resolve(self.param_groups, rules))
         self._ready = True
 
     # -- construction and rules
@@ -594,10 +601,11 @@ class SlimAdamW(torch.optim.Optimizer):
         _check_numbers({**self.defaults, **group})
         super().add_param_group(group)
         if self._ready:
-            self._resolve(self.param_groups[-1:], self._slim["rules"], complete=False)
+            new = self.param_groups[-1:]
+            self._take(new, self._resolve(new, self._slim["rules"], complete=False))
 
-    def _resolve(self, groups: list[dict], rules, complete: bool = True) -> None:
-        """Give every group its list of rules."""
+    def _resolve(self, groups: list[dict], rules, complete: bool = True) -> list:
+        """The legal rule of every tensor of these groups."""
         if rules != "adam" and not all("param_names" in group for group in groups):
             raise ValueError("rules need names: pass model.named_parameters() and not model.parameters()")
         named = [pair for group in groups for pair in zip(_names(group), group["params"], strict=True)]
@@ -617,8 +625,12 @@ class SlimAdamW(torch.optim.Optimizer):
                     f"fused=True needs Triton, a GPU, and weights below float64; {name} is {p.dtype} on {p.device}. "
                     f"Pass fused=None."
                 )
+        return legal
+
+    def _take(self, groups: list[dict], rules: list) -> None:
+        """Give every group its part of the rules."""
         for group in groups:
-            group["rules"], legal = legal[: len(group["params"])], legal[len(group["params"]) :]
+            group["rules"], rules = rules[: len(group["params"])], rules[len(group["params"]) :]
         self._plan = None
 
     def _named(self) -> list[tuple]:
@@ -632,19 +644,14 @@ class SlimAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def compress_(self, rules) -> None:
         """Change to coarser rules in mid-run; exact, as v becomes the mean of what it was. ValueError: not coarser."""
-        rules, before, new = _read_rules(rules), self._named(), []
-        lists = [group["rules"] for group in self.param_groups]
-        try:
-            self._resolve(self.param_groups, rules)
-            for (_, _, p, old), (_, _, _, rule) in zip(before, self._named(), strict=True):
-                if "exp_avg_sq" in self.state.get(p, {}):
-                    new.append((p, self._place(_average(self.state[p]["exp_avg_sq"], old, rule), p, rule)))
-        except ValueError:
-            for group, kept in zip(self.param_groups, lists, strict=True):
-                group["rules"] = kept
-            raise
+        rules, new = _read_rules(rules), []
+        legal = self._resolve(self.param_groups, rules)
+        for (_, _, p, old), rule in zip(self._named(), legal, strict=True):
+            if "exp_avg_sq" in self.state.get(p, {}):
+                new.append((p, self._place(_average(self.state[p]["exp_avg_sq"], old, rule), p, rule)))
         for p, v in new:
             self.state[p]["exp_avg_sq"] = v
+        self._take(self.param_groups, legal)
         self._slim["rules"] = rules
 
     def memory_report(self) -> dict:
@@ -788,18 +795,10 @@ class SlimAdamW(torch.optim.Optimizer):
             ))  # fmt: skip
             top += n
         by_rows = all(d == 0 for _, d in shards)  # else a shard is not one run of places
-        if self._wants_triton(p) and by_rows and all(self._triton_takes(x) for x in pieces):
+        if self._wants_triton(p) and by_rows and all(x.fits_triton() for x in pieces):
             for x in pieces:  # all of a tensor's, as they share its step
                 x.triton = True
         return pieces
-
-    @staticmethod
-    def _triton_takes(x: Piece) -> bool:
-        """False if only the torch path can move the piece. The same on every rank."""
-        mode = _matrix(tuple(x.p.shape), x.K)[0]
-        whole = all(t.is_contiguous() for t in (x.p, x.m, x.v)) and x.v.dtype == torch.float32
-        summed = not x.groups or mode in (kernels.COL, kernels.SCALAR)
-        return mode >= 0 and whole and summed and {x.p.dtype, x.m.dtype} <= TRITON_DTYPES
 
     def _collect(self) -> list[Piece]:
         """The pieces to move, with their gradients; rebuilt only when tensors come, go or move."""
@@ -989,13 +988,13 @@ class _Engine:
     """A bucket of pieces and the Triton step over them."""
 
     def __init__(self, pieces: list[Piece], seed: int):
-        entries = []
-        for x in pieces:
-            mode, rows, cols = _matrix(tuple(x.p.shape), x.K)
-            base = x.offset[0] * math.prod(x.shape[1:])
-            entries.append(kernels.Entry(
-                x.p, x.m, x.v, x.state["step"], rows, cols, mode, float(x.count), x.decays, base, x.first,
-            ))  # fmt: skip
+        base = lambda x: x.offset[0] * math.prod(x.shape[1:])
+        entries = [
+            kernels.Entry(
+                x.p, x.m, x.v, x.state["step"], *x.rows_cols, x.mode, float(x.count), x.decays, base(x), x.first
+            )
+            for x in pieces
+        ]
         self.pieces, self.multi, self.numbers = pieces, kernels.MultiTensor(entries, pieces[0].g.dtype), None
         self.keys = torch.stack([_key(seed, x.index) for x in pieces]).to(pieces[0].p.device)
 
@@ -1347,21 +1346,21 @@ def share(jobs: dict, w: cluster.World, pool, what: str) -> dict:
 
 def sweep(cfg: Config, w: cluster.World, pool) -> tuple[dict, dict, float]:
     """({(optimizer, lr, seed): found}, the derived rules, Adam's best lr); further seeds at that lr alone."""
-    model, first = GPT(cfg), (cfg.seed,)
+    model = GPT(cfg)
     rules = {"adam": "adam", "static": default_rules(model), "adalayer": adalayer_rules(model, keep=())}
-    job = lambda n, lr, seed=cfg.seed, *more: (replace(cfg, lr=lr, seed=seed), rules[n], *more)
-    jobs = {("adam", cfg.lrs[0], *first): job("adam", cfg.lrs[0], cfg.seed, True)}
-    jobs |= {(n, lr, *first): job(n, lr) for lr in cfg.lrs for n in ("static", "adalayer")}
+    runs = lambda names, lrs, seeds=(cfg.seed,), *more: {
+        (n, lr, s): (replace(cfg, lr=lr, seed=s), rules[n], *more) for s in seeds for lr in lrs for n in names
+    }
+    first, rest = cfg.lrs[:1], cfg.lrs[1:]
+    jobs = runs(["adam"], first, (cfg.seed,), True) | runs(["static", "adalayer"], cfg.lrs)
     found = share(jobs, w, pool, "Adam with SNR, static, AdaLayer")
-    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    mean = found["adam", cfg.lrs[0], cfg.seed]["mean"]
+    shapes, mean = {n: p.shape for n, p in model.named_parameters()}, found["adam", cfg.lrs[0], cfg.seed]["mean"]
     rules["derived"] = derive_rules(mean, cfg.cutoff, cfg.select, depth_average=cfg.depth_average, shapes=shapes)
     compare = {n: rules[n] for n in ("derived", "static", "adalayer")}
-    jobs = {("adam", lr, *first): job("adam", lr, cfg.seed, False, compare) for lr in cfg.lrs[1:]}
-    found |= share(jobs | {("derived", lr, *first): job("derived", lr) for lr in cfg.lrs}, w, pool, "Adam, derived")
+    jobs = runs(["adam"], rest, (cfg.seed,), False, compare) | runs(["derived"], cfg.lrs)
+    found |= share(jobs, w, pool, "Adam, derived")
     best = min(cfg.lrs, key=lambda lr: found["adam", lr, cfg.seed]["val_loss"])
-    seeds = range(cfg.seed + 1, cfg.seed + cfg.seeds)
-    jobs = {(n, best, s): job(n, best, s) for s in seeds for n in ("adam", "derived", "static")}
+    jobs = runs(["adam", "derived", "static"], [best], range(cfg.seed + 1, cfg.seed + cfg.seeds))
     return found | share(jobs, w, pool, "further seeds"), rules["derived"], best
 
 
