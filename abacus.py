@@ -46,7 +46,7 @@ import string
 import time
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import product
+from itertools import product, takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,9 +90,7 @@ class Config:
     norm: str = opt("pre", "RMSNorm before each part, or the published LayerNorm after it", choices=("pre", "post"))
     injection: str = opt("layer", "where the embedded input enters again", choices=INJECTIONS)
     logit_scale: str = opt("log", "of attention: none, or the logarithm of the context", choices=("none", "log"))
-    state_init: str = opt(
-        "zero", "state that training loops start at; noise is the published one", choices=("zero", "noise")
-    )
+    state_init: str = opt("zero", "first state of training loops; noise is published", choices=("zero", "noise"))
     # training
     steps: int = opt(850, "optimizer steps")
     batch: int = opt(96, "examples per step, over all processes and buckets")
@@ -127,9 +125,7 @@ class Config:
     rivals: tuple = opt(("nope", "rope", "learned"), "demo: positions that Abacus is compared with")
     workers: int = opt(2, "demo without torchrun: processes that share the models, one thread each")
     few: int = opt(3, "demo: most digits in training of the second table")
-    few_steps: tuple = opt(
-        (400, 800, 800, 1200), "demo: its steps, of Abacus and each rival, the last for further ones"
-    )
+    few_steps: tuple = opt((400, 800, 800, 1200), "demo: its steps, of Abacus and each rival (the last for others)")
     model: str = opt("results/abacus/seed0/best.pt", "eval: the weights to try")
 
     def __post_init__(self):
@@ -417,7 +413,7 @@ class ArithmeticTransformer(nn.Module):
         return self.decoder(x)
 
 
-def _depths(R: int, alpha: float, generator: torch.Generator | None) -> list[tuple[int, int, float]]:
+def _depths(R: int, alpha: float, generator) -> list[tuple[int, int, float]]:
     """(recurrences without gradient, with gradient, weight) of the terms of the progressive loss."""
     K = max(R // 2, 1)
     n = int(torch.randint(R, (), generator=generator))
@@ -445,8 +441,8 @@ class Objective(nn.Module):
 def progressive_loss(model, batch: "Batch", alpha: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
     """(1 - alpha) L_max + alpha L_prog, means over the targets. L_prog runs a random depth, the last steps of it with
     gradients; L_max the full depth, its last half with gradients (Bansal et al., arXiv:2202.05826)."""
-    drawn = model.training and hasattr(model, "abacus")
-    offset = model.abacus.draw(len(batch.ids), generator) if drawn else None
+    shifted = model.training and hasattr(model, "abacus")
+    offset = model.abacus.draw(len(batch.ids), generator) if shifted else None
     depths = _depths(model.cfg.recurrences, alpha, generator)
     return Objective(model)(batch.ids, batch.targets, offset, depths) / (batch.targets != -100).sum().clamp(min=1)
 
@@ -479,9 +475,8 @@ def encode(text: str) -> Tensor:
 
 def decode(ids) -> str:
     """The text of a sequence of ids up to EOS, without PAD."""
-    ids = [int(i) for i in ids]
-    ids = ids[: ids.index(EOS)] if EOS in ids else ids
-    return "".join(TEXT.get(i, "?") for i in ids if i != PAD)
+    before_eos = takewhile(lambda i: i != EOS, map(int, ids))
+    return "".join(TEXT.get(i, "?") for i in before_eos if i != PAD)
 
 
 def format_example(op: str, a: int | str, b: int | str) -> str:
@@ -767,11 +762,10 @@ class Trainer:
 
     def state(self, whole: bool = True) -> dict:
         """What checkpoint.pt holds; not whole, what best.pt holds: weights in half precision, small to carry away."""
-        state = {"model": self.model.state_dict(), "step": self.step}
-        state["setting"] = {name: getattr(self.cfg, name) for name in FIXED}
-        if whole:
-            return state | {"optimizer": self.optimizer.state_dict(), "best": self.best}
-        return state | {"model": {n: p.half() for n, p in state["model"].items()}}
+        weights, setting = self.model.state_dict(), {name: getattr(self.cfg, name) for name in FIXED}
+        more = {"optimizer": self.optimizer.state_dict(), "best": self.best} if whole else {}
+        weights = weights if whole else {name: p.half() for name, p in weights.items()}
+        return {"model": weights, "step": self.step, "setting": setting, **more}
 
     def batches(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """The step's buckets, each (ids, targets, offsets), shortest first: a function of seed and step alone.
@@ -824,13 +818,11 @@ class Trainer:
         """Exact match, first digit and all other digits at n+n digits (sort: n elements of n digits). Collective."""
         cells, names = [(m, m) for m in lengths], ("exact", "first", "rest")
         found = evaluate_cells(self.model, cells, n, self.cfg.task, self.cfg.seed, "", self.group).T.tolist()
-        return {
-            f"{name}_{m}": x for name, row in zip(names, found, strict=True) for m, x in zip(lengths, row, strict=True)
-        }
+        columns = zip(names, found, strict=True)
+        return {f"{name}_{m}": x for name, column in columns for m, x in zip(lengths, column, strict=True)}
 
     def run(self, log, what: str, folder: str = "") -> "Trainer":
-        """Train to the end, calling log(run=what, ...). With `folder`, checkpoint.pt (also on SIGTERM) and best.pt go
-        there."""
+        """Train to the end, calling log(run=what, ...); `folder` gets best.pt and, also on SIGTERM, checkpoint.pt."""
         cfg, w, start, shown, asked = self.cfg, self.w, time.monotonic(), "", False
         listen = cluster.stop_signal(w.device) if folder else contextlib.nullcontext(bool)  # bool() is False
         with listen as stopping, report.progress(None, what, w, cfg.steps, self.step) as bar:
@@ -841,10 +833,9 @@ class Trainer:
                     line |= self.probe(cfg.probe)
                     exact = [line[f"exact_{n}"] for n in cfg.probe]
                     shown = " ".join(f"{n}+{n} {x:.2f}" for n, x in zip(cfg.probe, exact, strict=True))
-                    if folder and sum(exact) >= self.best:
-                        self.best = sum(exact)
-                        if w.main:
-                            cluster.save(f"{folder}/best.pt", self.state(whole=False))
+                    better, self.best = sum(exact) >= self.best, max(sum(exact), self.best)
+                    if folder and better and w.main:
+                        cluster.save(f"{folder}/best.pt", self.state(whole=False))
                 if line:
                     log(run=what, step=self.step, **line)
                     bar.set_postfix_str(f"{shown} loss {line.get('loss', math.nan):.3f}")
