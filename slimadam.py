@@ -1661,15 +1661,10 @@ def bench(cfg: Config, w: cluster.World) -> None:
     rows, found = [], {}
     for name, (_, optimizer, size, base) in cases.items():
         (t, spread), floor = seconds[name], n * size / speed
-        state = sum(x.numel() * x.element_size() for s in optimizer.state.values() for x in s.values())
-        found[name] = {"seconds": t, "spread": spread, "x": t / seconds[base][0], "seconds_at_copy_speed": floor,
-                       "state_bytes": state}  # fmt: skip
-        cells = (
-            f"{t * 1e3:.1f} ± {spread * 1e3:.1f}",
-            f"{t / seconds[base][0]:.2f}",
-            f"{size:.1f}",
-            f"{floor * 1e3:.1f}",
-        )
+        state = sum(y.numel() * y.element_size() for s in optimizer.state.values() for y in s.values())
+        x = t / seconds[base][0]
+        found[name] = {"seconds": t, "spread": spread, "x": x, "seconds_at_copy_speed": floor, "state_bytes": state}
+        cells = f"{t * 1e3:.1f} ± {spread * 1e3:.1f}", f"{x:.2f}", f"{size:.1f}", f"{floor * 1e3:.1f}"
         rows.append([name, *cells, f"{state / 1e6:.0f}"])
     w.print(report.table(["step", "ms", "x fused", "bytes per weight", "ms at copy speed", "state MB"], rows))
     w.print("x fused: with clipping against clip_grad_norm_ and the fused step. Bytes: what must be moved.")

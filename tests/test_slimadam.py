@@ -810,6 +810,16 @@ def test_demo_shortened(tmp_path, capsys):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1 + 8 + 3
 
 
+def test_bench_on_small_tensors(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(slimadam.PRESETS, "small", {"vocab": 512, "d_model": 48, "n_layer": 2, "n_head": 2})
+    monkeypatch.setattr(slimadam.report, "ceilings", lambda device: (1e10, 1e12))
+    slimadam.main(slimadam.Config("bench", out=str(tmp_path), device="cpu"))
+    found = json.loads((tmp_path / "bench.json").read_text())
+    adam, slim = (found["cases"][n] for n in ("AdamW(fused=True)", "SlimAdamW"))
+    assert adam["x"] == 1 and 0.49 < slim["state_bytes"] / adam["state_bytes"] < 0.53
+    assert re.search(r"AdamW\(foreach=True\) +\S+ ± \S+ +\S+ +28.0 ", capsys.readouterr().out)
+
+
 def test_rotary_angles_of_a_real_model_keep_their_precision():
     c = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1,
          "rms_norm_eps": 1e-5, "vocab_size": 8, "num_hidden_layers": 1}  # fmt: skip
