@@ -137,7 +137,7 @@ class Config:
         counts = "digits max_offset max_positions d_model n_layer n_head ff recurrences steps batch buckets seeds few "
         counts += "few_steps lengths probe log_every probe_every per_length grid per_cell"
         for name in [*counts.split(), "short", "grow"]:
-            least, given = int(name in counts), getattr(self, name)
+            least, given = 0 if name in ("short", "grow") else 1, getattr(self, name)
             if min(given if isinstance(given, tuple) else (given,)) < least:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {given}")
         if self.d_model % self.n_head:
@@ -153,7 +153,8 @@ class Config:
             raise ValueError("--cooldown and --alpha are parts of a whole, between 0 and 1")
 
 
-_names = [f.name for f in fields(Config)]  # a checkpoint goes on only under the same task ... dtype, which shape a run
+# what shapes the numbers of a run, all from task to dtype: a checkpoint goes on only under the same
+_names = [f.name for f in fields(Config)]
 FIXED = _names[_names.index("task") : _names.index("dtype") + 1]
 
 GPU = {  # 100 + 100 digits after training on 20
@@ -730,6 +731,16 @@ def evaluate_grid(model, sizes_a, sizes_b, n=100, task="add", seed=0, what="", g
     return evaluate_cells(model, cells, n, task, seed, what, group)[:, 0].reshape(len(sizes_a), len(sizes_b))
 
 
+def examine(model, cfg: Config, seed: int, what: str = "", group=None) -> dict:
+    """Exact match, first digit and the rest at cfg.lengths, and exact match on a grid of lengths. Collective."""
+    cells, sizes = [(n, n) for n in cfg.lengths], range(1, cfg.grid + 1)
+    columns = evaluate_cells(model, cells, cfg.per_length, cfg.task, seed, "", group).T.tolist()
+    exact, first, rest = (dict(zip(cfg.lengths, column, strict=True)) for column in columns)
+    grid = evaluate_grid(model, sizes, sizes, cfg.per_cell, cfg.task, seed, f"{what}grid", group)
+    f = {"pos": cfg.pos, "digits": cfg.digits, "seed": cfg.seed, "exact": exact, "first": first, "rest": rest}
+    return f | {"trained": grid[: cfg.digits, : cfg.digits].mean().item(), "steps": cfg.steps, "grid": grid.tolist()}
+
+
 # ---- the experiment: training
 
 
@@ -898,16 +909,6 @@ def train(cfg: Config, resume: str | None = None) -> list[dict]:
 
 
 # ---- demo: the claim
-
-
-def examine(model, cfg: Config, seed: int, what: str = "", group=None) -> dict:
-    """Exact match, first digit and the rest at cfg.lengths, and exact match on a grid of lengths. Collective."""
-    cells, sizes = [(n, n) for n in cfg.lengths], range(1, cfg.grid + 1)
-    columns = evaluate_cells(model, cells, cfg.per_length, cfg.task, seed, "", group).T.tolist()
-    exact, first, rest = (dict(zip(cfg.lengths, column, strict=True)) for column in columns)
-    grid = evaluate_grid(model, sizes, sizes, cfg.per_cell, cfg.task, seed, f"{what}grid", group)
-    f = {"pos": cfg.pos, "digits": cfg.digits, "seed": cfg.seed, "exact": exact, "first": first, "rest": rest}
-    return f | {"trained": grid[: cfg.digits, : cfg.digits].mean().item(), "steps": cfg.steps, "grid": grid.tolist()}
 
 
 def measure(cfg: Config, w: cluster.World, group=None) -> tuple[dict, list[dict]]:
