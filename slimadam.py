@@ -19,6 +19,7 @@ Differs  Text is Python's own library at byte level, for FineWeb. Names are matc
     python slimadam.py derive --lr 3e-4 --out results/rules           # measure on your text, write rules.json
     python slimadam.py derive --model smollm2                         # the same on a real 135M model's fine-tuning
     python slimadam.py train --rules results/rules/rules.json         # one run with those rules; --resume goes on
+    torchrun --nproc-per-node 2 slimadam.py                                           # the same; ranks share the runs
     torchrun --nproc-per-node 2 slimadam.py train --parallel fsdp --device cpu
     torchrun --nproc-per-node 8 slimadam.py train --preset small --parallel fsdp      # GPT-2 small (not yet run)
     python slimadam.py bench                                          # the step alone on GPT-2 small's tensors
@@ -1339,7 +1340,13 @@ NAMES = {"adam": "Adam", "derived": "SlimAdam, derived", "static": "SlimAdam, st
 
 
 def share(jobs: dict, w: cluster.World, pool, what: str) -> dict:
-    """{key: run_one(*job)}, shared by the pool's worker processes."""
+    """{key: run_one(*job)}, shared by the pool's worker processes, or by the ranks where there is no pool."""
+    if pool is None:
+        mine, every = {}, [None] * w.size
+        for k in report.progress(list(jobs)[w.rank :: w.size], what, w):
+            mine[k] = run_one(*jobs[k])
+        dist.all_gather_object(every, mine)
+        return {k: found for part in every for k, found in part.items()}
     futures = {k: pool.submit(run_one, *job) for k, job in jobs.items()}
     return {k: futures[k].result() for k in report.progress(list(jobs), what, w)}
 
@@ -1392,10 +1399,8 @@ def print_snr(w: cluster.World, mean: dict, rules: dict) -> None:
 
 def demo(cfg: Config, w: cluster.World) -> None:
     """SNR, rules, the learning-rate sweep, the three savings, the fidelity of the update, the picture, the claim."""
-    if w.size > 1:
-        raise BadInput("the demo is one process with workers of its own: run it with python, and --workers")
     run = report.Run(cfg.out, cfg, w)
-    with cluster.workers(cfg.workers) as pool:
+    with cluster.workers(cfg.workers) if w.size == 1 else contextlib.nullcontext() as pool:
         found, derived, best = sweep(cfg, w, pool)
     for (name, lr, seed), f in found.items():
         shown = {k: f[k] for k in ("train_loss", "val_loss", "losses")}
@@ -1418,9 +1423,10 @@ def demo(cfg: Config, w: cluster.World) -> None:
     w.print(f"\nrelative error (cosine) of the update if v of Adam's state at step {cfg.steps // 2} were averaged")
     pair = lambda n, lr: "{:.2f} ({:.2f})".format(*at("adam", lr)["fidelity"][n])
     grid("rules", pair, slim, [f"lr {lr:g}" for lr in lrs], lrs)
-    save_rules(derived, f"{cfg.out}/rules.json")
-    picture = functools.partial(draw, cfg, found)
-    w.print("\n" + report.picture(f"{cfg.out}/slimadam.png", picture, ncols=2, figsize=(13, 4.6)))
+    if w.main:
+        save_rules(derived, f"{cfg.out}/rules.json")
+        picture = functools.partial(draw, cfg, found)
+        w.print("\n" + report.picture(f"{cfg.out}/slimadam.png", picture, ncols=2, figsize=(13, 4.6)))
     seeds, gap = range(cfg.seed, cfg.seed + cfg.seeds), {}
     for n in ("derived", "static"):
         gaps = [at(n, best, s)["val_loss"] - at("adam", best, s)["val_loss"] for s in seeds]
