@@ -444,7 +444,8 @@ class _LinearSum(torch.autograd.Function):
         acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         leaves, total = (hidden, weight, bias), torch.zeros((), dtype=acc, device=hidden.device)
         wanted = zip(leaves, ctx.needs_input_grad, strict=False)
-        grads = [torch.zeros_like(t, dtype=acc) if want else None for t, want in wanted]
+        like = lambda t: torch.zeros_like(t, dtype=None if t is hidden else acc)  # d_hidden is never summed over chunks
+        grads = [like(t) if want else None for t, want in wanted]
         d_hidden, d_weight, d_bias = grads
         scratch = hidden.new_empty(min(chunk, len(hidden)), weight.shape[0])  # (C, V): all there ever is of N x V
         for first in range(0, len(hidden), chunk):
