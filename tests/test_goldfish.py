@@ -506,7 +506,7 @@ def test_kill_all_ranks_and_resume(tmp_path):
     assert done.returncode == 0 and "damaged" in done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_sigterm_writes_a_checkpoint_and_exits_0(tmp_path):
     argv = ["train", "--steps", "100000", "--save-every", "0", *SMALL, "--out", str(tmp_path)]
     ranks = start_ranks(2, "goldfish.py", *argv)

@@ -676,7 +676,7 @@ def test_kill_and_resume(tmp_path):
     assert "iterations per token" in done.stdout and "tokens/s" in done.stdout, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_sigterm_writes_a_checkpoint_and_exits_0(tmp_path):
     ranks = start_ranks(
         2, "recurrent_depth.py", "train", "--steps", "100000", "--save-every", "0", *FLAGS, "--out", str(tmp_path)

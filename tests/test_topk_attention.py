@@ -1097,7 +1097,7 @@ def test_two_ranks_equal_one_process(tmp_path):
     run_ranks(_sharded, 2, tmp_path, str(tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.drill
 def test_a_stopped_training_goes_on(tmp_path):
     out = str(tmp_path / "run")
     ranks = start_ranks(1, "topk_attention.py", "train", "--steps", "3000", "1", "--out", out)
