@@ -316,6 +316,7 @@ class Layer(nn.Module):
             self.fire = FIRE(cfg.n_head)
 
     def attend(self, x: Tensor) -> Tensor:
+        """Causal attention: x (B, T, C) -> (B, T, C)."""
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.H)  # 3 x (B, H, T, D)
         T, D, dev = x.shape[1], q.shape[-1], x.device
         t = torch.arange(T, device=dev, dtype=torch.float32)

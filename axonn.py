@@ -1866,6 +1866,7 @@ def local_ranks(n: int) -> None:
 
 
 def main(cfg: Config) -> None:
+    """Run one mode; demo and bench without torchrun first start their own ranks."""
     if cfg.mode == "plan":
         return plan(cfg)
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # kernels start in issue order, which overlap() needs

@@ -1237,6 +1237,7 @@ class Llama(nn.Module):
         self.freq = rope_frequencies(c)  # no buffer: bfloat16 weights leave it float32
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of ids (B, T)."""
         angle = torch.outer(torch.arange(ids.shape[1], device=ids.device).float(), self.freq.to(ids.device))  # (T, D/2)
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers:

@@ -616,6 +616,7 @@ class Int8:
         self.parts, self.n = [torch.cat(new, dim=1), scale, error], k.shape[1]
 
     def candidates(self, q: Tensor, count: int, top: int, select=torch.topk) -> tuple[Tensor, Tensor]:
+        """Rows (Hk, R, count) by integer scores, and where the bound proves that the best `top` are among them."""
         (code, scale, error), R = self.parts, q.shape[1]
         p = q * scale  # q . k = p . code
         unit = p.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / 127
@@ -645,6 +646,7 @@ class Clusters:
         self.n, self.device, self.parts = 0, device, []  # parts: centres, rows list by list, where each list starts
 
     def add(self, k: Tensor) -> None:
+        """Cluster k (Hk, n, D) anew once it has grown by a quarter."""
         n = k.shape[1]
         if n < max(1, 1.25 * self.n):
             return
@@ -1515,6 +1517,7 @@ def _vt(units: int, rng: random.Random) -> tuple[str, str, str, list[str]]:
     """A number passed from variable to variable, after a solved example with shorter names."""
 
     def chain(letters: int, noise: int) -> tuple[str, str, str, list[str]]:
+        """One haystack with a chain of five names: body, question, start of the answer, answers."""
         names = ["".join(rng.choice("ABCDEFGHIJKLMNOPQRSTUVWXYZ") for _ in range(letters)) for _ in range(5)]
         value, hay = str(rng.randrange(10000, 100000)), [" ".join(STOCK)] * noise
         lines = [f"VAR {names[0]} = {value}.", *(f"VAR {b} = VAR {a}." for a, b in zip(names, names[1:], strict=False))]

@@ -810,6 +810,16 @@ def test_demo_shortened(tmp_path, capsys):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1 + 8 + 3
 
 
+@pytest.mark.drill
+def test_the_demo_on_two_ranks_equals_one(tmp_path):
+    small = {**TINY, "steps": 6, "every": 2, "seeds": 2}
+    flags = [f"--{n.replace('_', '-')}={v}" for n, v in small.items()] + ["--lrs", "3e-4", "3e-3"]
+    for size in (1, 2):
+        finish(start_ranks(size, "slimadam.py", "demo", *flags, "--out", str(tmp_path / str(size))), timeout=300)
+    one, two = (json.loads((tmp_path / str(n) / "claim.json").read_text()) for n in (1, 2))
+    assert {**one, "seconds": 0} == {**two, "seconds": 0}
+
+
 def test_bench_on_small_tensors(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(slimadam.PRESETS, "small", {"vocab": 512, "d_model": 48, "n_layer": 2, "n_head": 2})
     monkeypatch.setattr(slimadam.report, "ceilings", lambda device: (1e10, 1e12))
