@@ -300,6 +300,51 @@ def test_log_scale_and_rope():
     torch.testing.assert_close(layer.attend(x), want, rtol=1e-5, atol=1e-6)  # angles are fp32
 
 
+ROWS = torch.tensor([[1, 2, 0, 1], [4, 0, 5, 6], [3, 4, 0, 3], [5, 0, 6, 0], [0, 0, 0, 0], [1, 1, 1, 1], [9, 0, 9, 9]])
+
+
+def test_foreign_digits_by_hand():
+    """Examples 0 and 1 lie apart; 3..4 and 5..6 touch; 4 has no digits; 6 has nobody beside it."""
+    beside, seen = A.foreign_digits(ROWS)
+    assert beside.tolist() == [1, 0, 3, 2, 5, 4, 6] and seen.shape == (7, 4, 8)
+    assert torch.equal(seen[:, :, :4], torch.ones(7, 4, 4, dtype=torch.bool).tril())
+    assert seen[0, :, 4:].int().tolist() == [[1, 0, 1, 1]] * 2 + [[0] * 4] + [[1, 0, 1, 1]]
+    assert seen[1, :, 4:].int().tolist() == [[1, 1, 0, 1], [0] * 4, [1, 1, 0, 1], [1, 1, 0, 1]]
+    assert not seen[2:, :, 4:].any()
+
+
+@pytest.mark.parametrize("pos", ["abacus", "abacus+fire", "abacus+rope"])
+def test_foreign_digits_in_attention(pos):
+    """Against a softmax over the visible keys, one query at a time."""
+    layer = A.Layer(tiny(pos=pos)).double()
+    x, both = torch.randn(7, 4, 32, generator=g(), dtype=torch.float64), A.foreign_digits(ROWS)
+    got, alone = layer.attend(x, both), layer.attend(x)
+    q, k, v = layer.qkv(x).reshape(7, 4, 3, 2, 16).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+    if pos == "abacus+rope":
+        angle = torch.outer(torch.arange(4), 10000 ** (-torch.arange(0, 16, 2) / 16))
+        q, k = A.rotate(q, angle), A.rotate(k, angle)
+    for b, beside in enumerate(both[0].tolist()):
+        for t in range(4):
+            keys, values = (torch.cat([y[b], y[beside]], dim=1)[:, both[1][b, t]] for y in (k, v))  # (H, n, D)
+            score = torch.einsum("hd,hnd->hn", q[b, :, t], keys) / 4 * math.log(t + 2) / math.log(16)
+            if pos == "abacus+fire":
+                score = score + torch.cat([layer.fire(4)[0, :, t, : t + 1], torch.zeros(2, len(score[0]) - t - 1)], 1)
+            y = torch.einsum("hn,hnd->hd", score.softmax(-1), values)
+            torch.testing.assert_close(got[b, t], layer.out(y.flatten()), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(got[2:], alone[2:])
+    assert not torch.allclose(got[:2], alone[:2])
+
+
+def test_foreign_digits_in_training_alone():
+    model, ids = A.ArithmeticTransformer(tiny()), A.encode("12+34=4")[None].repeat(2, 1)
+    near, apart = torch.tensor([[1], [3]]), torch.tensor([[1], [4]])
+    torch.testing.assert_close(model(ids, offset=near, foreign=True), model(ids, offset=near))
+    there, without = model(ids, offset=apart, foreign=True), model(ids, offset=apart)
+    changed = (there - without).abs().amax(dim=(0, 2)) > 1e-6
+    assert changed.tolist() == [True, True, True, True, True, True, True]  # "+" and "=" by what the digits saw
+    assert torch.allclose(model.eval()(ids), model(ids, offset=1))
+
+
 def test_progressive_loss():
     R, seen = 8, {A._depths(8, 1.0, g(s)) and tuple(A._depths(8, 1.0, g(s))[0]) for s in range(400)}
     assert {n for n, _, _ in seen} == set(range(R)) and {k for _, k, _ in seen} == set(range(1, 5))
@@ -397,6 +442,7 @@ CASES = {
     "fire": {"pos": "abacus+fire", "offset_per": "batch"},
     "prog": {"loss": "prog", "alpha": 0.5, "injection": "recurrence", "norm": "post"},
     "first": {"loss": "prog", "injection": "first", "state_init": "zero"},
+    "foreign": {"foreign": 1, "pos": "abacus+fire", "digits": 3},
 }
 
 
@@ -571,7 +617,7 @@ def test_one_check_costs_nothing_when_it_cannot_fail():
 def test_bad_command_lines(tmp_path):
     for over, message in (
         ({"resume": True}, "Train without --resume first"),
-        ({"batch": 97}, "--batch 97 does not divide over 1 processes x --buckets 2"),
+        ({"batch": 97}, "--batch 97 does not divide over 1 processes x --buckets 4"),
         ({"max_offset": 200}, "needs row 208 but the table has 128 rows"),
     ):
         with pytest.raises((BadInput, OSError), match=message):  # the kinds that cli.run prints as one line
