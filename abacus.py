@@ -128,7 +128,7 @@ class Config:
     rivals: tuple = opt(("nope", "rope", "learned"), "demo: positions that Abacus is compared with")
     workers: int = opt(2, "demo without torchrun: processes that share the models, one thread each")
     few: int = opt(3, "demo: most digits in training of the second table")
-    few_steps: tuple = opt((800, 800, 1000, 1000), "demo: its steps, of Abacus and each rival (the last for others)")
+    few_steps: tuple = opt((1000, 800, 1000, 1000), "demo: its steps, of Abacus and each rival (the last for others)")
     model: str = opt("results/abacus/seed0/best.pt", "eval: the weights to try")
 
     def __post_init__(self):
@@ -273,15 +273,17 @@ def foreign_digits(row: Tensor) -> tuple[Tensor, Tensor]:
     Two rows meet in attention only within one example. Of rows further apart than any number in training nothing says
     that they must ignore each other, chance decides, and a number that has ended goes on with some digit from afar. So
     here the digits of an example also see those of the one beside it, if all rows of these lie apart from its own:
-    nothing there fits, and ignoring it is learned for all distances up to the largest offset.
+    nothing there fits, and ignoring it is learned for all distances up to the largest offset. Its other tokens, "="
+    above all, which has to find the first digit of each number without a row, see those that are no number's first.
     """
     i, T = torch.arange(len(row), device=row.device), row.shape[1]
     beside = (i ^ 1).clamp(max=max(0, len(row) - 1))  # pairs; a last one without a partner is its own
     digit = row > 0
     low, high = row.masked_fill(~digit, 2**30).amin(dim=1), row.amax(dim=1)
     apart = (high + 1 < low[beside]) | (high[beside] + 1 < low)  # (B,)
-    foreign = apart[:, None, None] & digit[:, :, None] & digit[beside][:, None]  # (B, T, T)
-    own = torch.ones(T, T, dtype=torch.bool, device=row.device).tril().expand_as(foreign)
+    later = row > low[:, None]  # (B, T)
+    foreign = apart[:, None, None] & torch.where(digit[:, :, None], digit[beside][:, None], later[beside][:, None])
+    own = torch.ones(T, T, dtype=torch.bool, device=row.device).tril().expand_as(foreign)  # (B, T, T) both
     return beside, torch.cat([own, foreign], dim=2)
 
 

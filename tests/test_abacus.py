@@ -308,8 +308,8 @@ def test_foreign_digits_by_hand():
     beside, seen = A.foreign_digits(ROWS)
     assert beside.tolist() == [1, 0, 3, 2, 5, 4, 6] and seen.shape == (7, 4, 8)
     assert torch.equal(seen[:, :, :4], torch.ones(7, 4, 4, dtype=torch.bool).tril())
-    assert seen[0, :, 4:].int().tolist() == [[1, 0, 1, 1]] * 2 + [[0] * 4] + [[1, 0, 1, 1]]
-    assert seen[1, :, 4:].int().tolist() == [[1, 1, 0, 1], [0] * 4, [1, 1, 0, 1], [1, 1, 0, 1]]
+    assert seen[0, :, 4:].int().tolist() == [[1, 0, 1, 1], [1, 0, 1, 1], [0, 0, 1, 1], [1, 0, 1, 1]]
+    assert seen[1, :, 4:].int().tolist() == [[1, 1, 0, 1], [0, 1, 0, 0], [1, 1, 0, 1], [1, 1, 0, 1]]
     assert not seen[2:, :, 4:].any()
 
 
