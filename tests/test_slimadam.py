@@ -812,7 +812,7 @@ def test_demo_shortened(tmp_path, capsys):
 
 @pytest.mark.drill
 def test_demo_keeps_the_promise_of_its_header(tmp_path):
-    """The whole demo. Python's sources differ between versions, and seeds by 0.08: hence the room around the numbers."""
+    """The whole demo. Python's sources differ between versions, seeds by 0.08: hence the room around the numbers."""
     done = run_script("slimadam.py", "--out", str(tmp_path), "--device", "cpu", timeout=900)
     assert done.returncode == 0, done.stderr
     promise = r"derived rules ([+-]\S+), static ([+-]\S+), (\S+)% of v removed"
@@ -821,11 +821,11 @@ def test_demo_keeps_the_promise_of_its_header(tmp_path):
     assert said == pytest.approx(expect, abs=0.04) and here.startswith("lr 0.003")
     runs = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()[1:]]
     found = {(r["run"], r["lr"]): r for r in runs if r.get("seed") == 0}
+    apart = lambda a, b: sum(abs(x - y) for x, y in zip(a["losses"], b["losses"], strict=True))
     for lr in (1e-3, 3e-3):
-        adam = found["adam", lr]
-        apart = lambda name: sum(abs(a - b) for a, b in zip(found[name, lr]["losses"], adam["losses"], strict=True))
-        assert max(apart("derived"), apart("static")) < apart("adalayer") / 2
-        assert abs(found["static", lr]["val_loss"] - adam["val_loss"]) < 0.03
+        adam, derived, static, adalayer = (found[name, lr] for name in ("adam", "derived", "static", "adalayer"))
+        assert max(apart(derived, adam), apart(static, adam)) < apart(adalayer, adam) / 2
+        assert abs(static["val_loss"] - adam["val_loss"]) < 0.03
         assert adam["static"][0] < 0.5 and adam["adalayer"][0] > 0.6  # relative error of the update
 
 
