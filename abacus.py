@@ -128,7 +128,7 @@ class Config:
     rivals: tuple = opt(("nope", "rope", "learned"), "demo: positions that Abacus is compared with")
     workers: int = opt(2, "demo without torchrun: processes that share the models, one thread each")
     few: int = opt(3, "demo: most digits in training of the second table")
-    few_steps: tuple = opt((1000, 800, 1000, 800), "demo: its steps, of Abacus and each rival (the last for others)")
+    few_steps: tuple = opt((800, 800, 1000, 800), "demo: its steps, of Abacus and each rival (the last for others)")
     model: str = opt("results/abacus/seed0/best.pt", "eval: the weights to try")
 
     def __post_init__(self):
