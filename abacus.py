@@ -5,10 +5,10 @@ Idea     Write numbers least significant digit first, and add to each digit's em
          in its number: units get the same vector in both operands and in the answer. In training all places are
          shifted by one random offset, so that vectors far beyond the training lengths are trained; in testing not.
          A looped block of layers, which the input enters again before each layer, extrapolates better still.
-Here     The claim we check: after training on up to 8 digits, sums of 10 and 12 digits are exact where learned, rotary
-         and no positions fail. Where those do not even learn 8 digits that says little, so a second table trains all on
-         up to 3 digits, which each can learn. Five tasks: addition, subtraction, multiplication, bitwise OR, sorting;
-         claims for addition alone.
+Here     The claim we check: after training on up to 8 digits, sums of 10 and 12 digits are exact (and of 20, mostly),
+         where learned, rotary and no positions fail. Where those do not even learn 8 digits that says little, so a
+         second table trains all on up to 3 digits, which each can learn. Five tasks: addition, subtraction,
+         multiplication, bitwise OR, sorting; claims for addition alone.
 Differs  Pre-norm RMSNorm instead of LayerNorm after each part, without the head of the released model (--norm post
          builds its exact shape); the loop's state starts at 0, in testing always, not at noise; one offset per sample,
          not per batch, in 1..k, not 1..k+1; queries scaled by the logarithm of their place; no weight decay; bf16, not
@@ -34,9 +34,9 @@ Differs  Pre-norm RMSNorm instead of LayerNorm after each part, without the head
     python abacus.py train --preset h200 --seed 1 --resume --steps 6000    # a nearer end, while the rate is still flat
     python abacus.py eval --preset h200 --model results/abacus/seed1/best.pt
 
-Expect   "Abacus 8+8 0.99, 10+10 1.00, 12+12 1.00" on CPU with seed 0, for any number of workers; another CPU rounds
-         otherwise and ends elsewhere (another Xeon: 1.00, 0.98, 0.98). Over seeds 0 to 4 8+8 is at least 0.98, 10+10 at
-         least 0.85, 12+12 0.23 to 0.98 (docs/results/abacus.md). A test keeps the promise of a shorter run.
+Expect   "Abacus 8+8 0.96, 10+10 0.97, 12+12 0.98" on CPU with seed 0, for any number of workers; another CPU rounds
+         otherwise and ends elsewhere. Over seeds 0 to 4 8+8 is at least 0.96, 10+10 at least 0.90, 12+12 at least 0.92
+         (docs/results/abacus.md). A test keeps the promise of a shorter run.
 Writes   results/abacus/: metrics.jsonl, claim.json, abacus.png; seedN/ (train): metrics.jsonl, checkpoint.pt to go on
          from, best.pt (fp16 weights, best at the --probe lengths); eval/; bench.json.
 """
@@ -1027,6 +1027,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     claim = f"Abacus positions add numbers longer than the {cfg.digits} digits of training"
     paper = "up to 99 % exact match at 100 digits after training on <= 20"
     shape = f"{cfg.n_layer} layers x {cfg.recurrences} of {cfg.d_model}"
+    shape += f", foreign digits (ours) from step {cfg.foreign}" if cfg.foreign >= 0 else ""
     holds = all(bars) and all(x <= 0.05 for x in theirs.values())
     run.claim(claim, paper, here, holds, f"{cfg.steps} steps of {cfg.batch}, {shape}, {w.device.type}")
 
