@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from ranks import ROOT, finish, kill, run_ranks, run_script, start_ranks
 
 import axonn as A
+from common import cli
 from common import dist as cluster
 from common.weights import open_weights
 
@@ -177,12 +178,13 @@ def _variants(rank):
         ("llama", (2, 1, 4, 1)),
     ):
         grid = A.Grid(*dims)
-        for changes in ({}, {"checkpoint": True}, {"cache_weights": True}):
+        for changes in ({}, {"checkpoint": True}, {"cache_weights": True})[: 3 if dims[1] > 1 else 1]:
             (ids, targets, loss, grads), model = alone[family], A.GPT3D(config(family, **changes), grid)
             for accum in (1, 2):
                 bits = []
-                for hide in (None, None, {}, {"micro_batches": accum}, {"oag": False, "micro_batches": accum},
-                             {"ors": False, "oar": False}):  # fmt: skip
+                ways = (None, None, {}, {"micro_batches": accum}, {"oag": False, "micro_batches": accum},
+                        {"ors": False, "oar": False})  # fmt: skip
+                for hide in ways[1:4] if changes else ways:
                     with A.CommLog() as log:
                         torch.testing.assert_close(
                             step(model, *rows_of(grid, ids, targets), accum, hide), loss, **TIGHT
@@ -642,8 +644,8 @@ def test_explicit_head_dim_and_interpolated_bandwidth():
     assert m.bandwidth(1, (1, 3, 1, 1)) == 11e9 and m.bandwidth(0, (2, 1, 1, 1)) == 129e9
 
 
-def test_commands(tmp_path):
-    """plan prints the table; errors are one line."""
+def test_commands(tmp_path, monkeypatch, capsys):
+    """plan prints the table; errors are one line and exit status 2."""
     done = run_script("axonn.py", "plan", "--model", "20B", "--world", "64", "--sequences", "2048", "--machine",
                       "perlmutter", "--top", "10")  # fmt: skip
     rows = [line.split() for line in done.stdout.splitlines()[3:13]]
@@ -660,8 +662,11 @@ def test_commands(tmp_path):
         (["train", "--resume", *out], "Train without --resume"),
         (["bench", "--ranks", "1", "--batch", "3", "--accum", "2", *out], "Make --batch a multiple of 2"),
     ):
-        done = run_script("axonn.py", *argv)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        monkeypatch.setattr("sys.argv", ["axonn.py", *argv])
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(A.main, A.Config)
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stopped.value.code == 2 and said.startswith("axonn.py: error: ") and message in said
 
 
 @pytest.mark.parametrize("change", [{"lr": 5e-4}, {"data": ("sources",)}, {"tokens_per_step": 1024}, {"batch": 8}])

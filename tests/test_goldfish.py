@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from ranks import finish, kill, run_ranks, run_script, start_ranks
 
 import goldfish as G
+from common import cli
 from common import dist as cluster
 from common.cli import BadInput
 from common.kernels import cross_entropy as kernels
@@ -800,14 +801,21 @@ def test_an_audit_that_cannot_be_is_one_line(tmp_path):
                 G.audit_run(replace(G.Config("audit", model=str(tmp_path)), **asked), w)
 
 
-def test_bad_data_is_one_line(tmp_path):
+def test_bad_data_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.txt").touch()
     (tmp_path / "short.txt").write_text("hello " * 50)
-    for name, message in (("none.txt", "no such file"), ("empty.txt", "is empty"), ("short.txt", "the text")):
-        done = run_script("goldfish.py", "train", "--data", str(tmp_path / name), "--out", str(tmp_path / "out"))
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-    done = run_script("goldfish.py", "train", "--resume", "--out", str(tmp_path / "out"))
-    assert done.returncode == 2 and "Train without --resume first" in done.stderr
+    data = lambda name: ["--data", str(tmp_path / name)]
+    for argv, message in (
+        (data("none.txt"), "no such file"),
+        (data("empty.txt"), "is empty"),
+        (data("short.txt"), "the text"),
+        (["--resume"], "Train without --resume first"),
+    ):
+        monkeypatch.setattr("sys.argv", ["goldfish.py", "train", *argv, "--out", str(tmp_path / "out")])
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(G.main, G.Config, G.PRESETS)
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stopped.value.code == 2 and said.startswith("goldfish.py: error: ") and message in said
 
 
 @pytest.mark.gpu
