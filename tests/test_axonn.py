@@ -654,6 +654,8 @@ def test_commands(tmp_path, monkeypatch, capsys):
     )
     assert [tuple(map(int, r[:4])) for r in rows] == [d for d, *_ in ranked] and len(rows) == 10
     assert [float(r[9]) for r in rows] == pytest.approx([t for _, t, _ in ranked], abs=1e-3)
+    if dist.is_initialized():  # by a Grid() of an earlier test
+        dist.destroy_process_group()
     out = ["--out", str(tmp_path)]
     for argv, message in (
         (["train", "--grid", "2", "1", "1", "1", *out], "grid 2x1x1x1 needs 2 ranks, but world size is 1"),
