@@ -632,7 +632,17 @@ def test_bad_command_lines(tmp_path):
 @pytest.mark.drill
 def test_demo_shortened(tmp_path, capsys):
     c = A.Config(
-        quick=True, d_model=64, ff=128, digits=2, short=100, grow=100, steps=300, max_offset=4, lr=5e-3, batch=64
+        quick=True,
+        d_model=64,
+        ff=128,
+        digits=2,
+        short=100,
+        grow=100,
+        steps=300,
+        max_offset=4,
+        lr=5e-3,
+        batch=64,
+        buckets=2,
     )
     c = replace(c, lengths=(1, 2, 3), per_length=100, grid=3, per_cell=20, out=str(tmp_path), device="cpu")
     A.main(c)
