@@ -909,7 +909,8 @@ def check_resume(state: dict, cfg: Config) -> None:
     was = dict(state["setting"])
     if state["step"] <= (1 - cfg.cooldown) * min(was["steps"], cfg.steps):
         was["steps"] = cfg.steps
-    differ = [f"--{n.replace('_', '-')} {was[n]} (now {getattr(cfg, n)})" for n in FIXED if was[n] != getattr(cfg, n)]
+    old = lambda n: was.get(n, "unknown")
+    differ = [f"--{n.replace('_', '-')} {old(n)} (now {getattr(cfg, n)})" for n in FIXED if old(n) != getattr(cfg, n)]
     if differ:
         raise BadInput(f"the checkpoint was trained with {', '.join(differ)}. Pass the same, or another --out.")
 
