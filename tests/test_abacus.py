@@ -427,7 +427,10 @@ def _steps(rank, size, out):
     torch.set_default_dtype(torch.float64)
     w = cluster.World(rank, size, torch.device("cpu"))
     for name, over in CASES.items():
-        t = A.Trainer(tiny(batch=24, buckets=3, recurrences=4, max_offset=9, clip=0.1, **over), w)
+        full = {"short": 0, "grow": 0, "max_offset": 9}  # lengths and offsets as after the curriculum
+        t = A.Trainer(tiny(batch=24, buckets=3, recurrences=4, clip=0.1, **full, **over), w)
+        seen = [A.foreign_digits(A.digit_positions(ids, A.DIGITS, o))[1] for ids, _, o in t.batches()]
+        assert name != "foreign" or any(s[:, :, s.shape[1] :].any() for s in seen)  # there is something to see
         lines = [t.advance(log=True) for _ in range(3)]
         made = A.make_batch("add", 24, 8, generator=g())
         counts = [(made.targets[r::2] != -100).sum() for r in range(2)]
@@ -442,7 +445,7 @@ CASES = {
     "fire": {"pos": "abacus+fire", "offset_per": "batch"},
     "prog": {"loss": "prog", "alpha": 0.5, "injection": "recurrence", "norm": "post"},
     "first": {"loss": "prog", "injection": "first", "state_init": "zero"},
-    "foreign": {"foreign": 1, "pos": "abacus+fire", "digits": 3},
+    "foreign": {"foreign": 0, "pos": "abacus+fire", "digits": 3},
 }
 
 
@@ -631,19 +634,8 @@ def test_bad_command_lines(tmp_path):
 
 @pytest.mark.drill
 def test_demo_shortened(tmp_path, capsys):
-    c = A.Config(
-        quick=True,
-        d_model=64,
-        ff=128,
-        digits=2,
-        short=100,
-        grow=100,
-        steps=300,
-        max_offset=4,
-        lr=5e-3,
-        batch=64,
-        buckets=2,
-    )
+    curriculum = {"digits": 2, "short": 100, "grow": 100, "max_offset": 4}
+    c = A.Config(quick=True, d_model=64, ff=128, steps=300, lr=5e-3, batch=64, buckets=2, **curriculum)
     c = replace(c, lengths=(1, 2, 3), per_length=100, grid=3, per_cell=20, out=str(tmp_path), device="cpu")
     A.main(c)
     said, f = capsys.readouterr().out.splitlines(), _metrics(tmp_path)[-1]

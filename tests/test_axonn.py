@@ -197,10 +197,8 @@ def _variants(rank):
                     want = A.volume(model.cfg, 16, dims)
                     del want["all_reduce", "t"]  # of the norm, which is not taken here
                     assert log.elements == {kind: elements for kind, (_, elements) in want.items()}, changes
-        c, frozen = (
-            model.cfg,
-            [model.embed.weight, model.blocks[0].qkv.weight, model.blocks[1].down.weight, model.norm.weight],
-        )
+        c = model.cfg
+        frozen = [model.embed.weight, model.blocks[0].qkv.weight, model.blocks[1].down.weight, model.norm.weight]
         for p in frozen:
             p.requires_grad_(False)
         for hide in (None, {"micro_batches": 1}, {"micro_batches": 1}):
