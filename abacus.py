@@ -44,9 +44,15 @@ Writes   results/abacus/: metrics.jsonl, claim.json, abacus.png; seedN/ (train):
 import contextlib
 import functools
 import math
+import multiprocessing
+import signal
 import string
+import sys
 import time
 import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product, takewhile
 from pathlib import Path
@@ -59,14 +65,30 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import cli, report
-from common import dist as cluster
+from common import cli, cluster, report
 from common.cli import BadInput, opt
 from common.weights import rotate
 
 TASKS = ("add", "sub", "mul", "or", "sort")
 ENCODINGS = ("abacus", "learned", "nope", "rope", "fire")
 INJECTIONS = ("none", "first", "recurrence", "layer")
+
+
+@contextmanager
+def workers(n: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of n fresh processes, for runs that share nothing. Ctrl-C, SIGTERM or an error here ends them at once."""
+    heed = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # a terminal's Ctrl-C reaches them too; we decide
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), *heed) as pool:
+            try:
+                yield pool
+            except BaseException:  # else the pool would first finish what it was given
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass
@@ -873,7 +895,7 @@ class Trainer:
     def run(self, log, what: str, folder: str = "") -> "Trainer":
         """Train to the end, calling log(run=what, ...); `folder` gets best.pt and, also on SIGTERM, checkpoint.pt."""
         cfg, w, start, shown, asked = self.cfg, self.w, time.monotonic(), "", False
-        listen = cluster.stop_signal(w.device) if folder else contextlib.nullcontext(bool)  # bool() is False
+        listen = cluster.stop_signal() if folder else contextlib.nullcontext(bool)  # bool() is False
         with listen as stopping, report.progress(None, what, w, cfg.steps, self.step) as bar:
             while self.step < cfg.steps:
                 last = self.step + 1 == cfg.steps
@@ -972,7 +994,7 @@ def compare(jobs: list[Config], w: cluster.World, run: report.Run) -> list[dict]
     """What measure() finds for each job. The ranks, or the workers of a lone one, share the models, not the batches, so
     the numbers are those of one process."""
     if w.size == 1 and w.device.type == "cpu" and jobs[0].workers > 1 and len(jobs) > 1:
-        with cluster.workers(jobs[0].workers) as pool:
+        with workers(jobs[0].workers) as pool:
             mine = list(report.progress(pool.map(measure_in_worker, jobs), "models", w, len(jobs)))
     else:
         alone = [dist.new_group([r]) for r in range(w.size)][w.rank]

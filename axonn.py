@@ -61,8 +61,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.utils.checkpoint import checkpoint
 
-from common import cli, report
-from common import dist as cluster
+from common import cli, cluster, report
 from common.cli import BadInput, opt
 from common.text import Tokenizer, corpus
 from common.weights import open_weights, rope_frequencies, rotate
@@ -1315,7 +1314,7 @@ class Boxes(Tensor):
 
 
 def sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **numbers: int) -> dict:
-    """For common.dist.save_sharded and load_sharded: the same names and shapes on every grid, so any grid can load it.
+    """For cluster.save_sharded and load_sharded: the same names and shapes on every grid, so any grid can load it.
 
     With the moments of AdamW if an optimizer is given; `numbers` are stored as tensors.
     """
@@ -1512,7 +1511,7 @@ class Trainer:
         self.cfg, self.grid, self.step, text = cfg, make_grid(cfg, w), 0, corpus(cfg.data)
         if cfg.model in PRESETS:
             c = preset(cfg)
-            self.model, self.ids = GPT3D(c, self.grid), Tokenizer.train(text, c.vocab).encode(text)
+            self.model, self.ids = GPT3D(c, self.grid), Tokenizer(text, c.vocab).encode(text)
         else:
             changes = {n: getattr(cfg, n) for n in ("dtype", "checkpoint", "cache_weights", "compile", "seed")}
             self.model, tokenizer = open_model(cfg.model, self.grid, seq=cfg.block or 128, **changes)
@@ -1596,7 +1595,7 @@ def train(cfg: Config, w: cluster.World) -> None:
     size = f"{parameters(c) / 1e6:.1f} M parameters, {tokens} tokens per step"
     w.print(f"grid {g}, {size}, {cfg.dtype} on {g.device.type}")
     try:
-        with cluster.stop_signal(g.device) as stopping, report.progress(None, "train", w, cfg.steps, first) as bar:
+        with cluster.stop_signal() as stopping, report.progress(None, "train", w, cfg.steps, first) as bar:
             while trainer.step < cfg.steps:
                 if "RANK" in os.environ and os.getppid() != parent:
                     raise RuntimeError(f"connection to the launcher of rank {w.rank} lost")

@@ -53,8 +53,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from common import cli, report
-from common import dist as cluster
+from common import cli, cluster, report
 from common.cli import BadInput, opt
 from common.text import Tokenizer, corpus
 from common.weights import open_weights, package, rope_frequencies
@@ -1079,7 +1078,7 @@ class Text:
 
     def __init__(self, cfg: Config, tokenizer=None):
         text = corpus(cfg.data)
-        ids = Tokenizer([]).encode(text) if tokenizer is None else torch.tensor(tokenizer.encode(text).ids)
+        ids = Tokenizer().encode(text) if tokenizer is None else torch.tensor(tokenizer.encode(text).ids)
         self.seed, self.tokenizer, self.vocab = cfg.seed, tokenizer, tokenizer.get_vocab_size() if tokenizer else 256
         self.train, self.held = ids.tensor_split([int(0.95 * len(ids))])
         short = len(self.held) <= cfg.block
@@ -1251,7 +1250,7 @@ class Trainer:
         """Train to the end; checkpoints go to `path` if given, also when SIGTERM asks to stop."""
         cfg = self.cfg
         bar = report.progress(None, what, self.w, cfg.steps, self.step)
-        listen = cluster.stop_signal(self.w.device) if path else contextlib.nullcontext(bool)  # bool() is False
+        listen = cluster.stop_signal() if path else contextlib.nullcontext(bool)  # bool() is False
         with listen as stopping, bar:
             while self.step < cfg.steps:
                 if line := self.advance((self.step + 1) % cfg.log_every == 0 or self.step + 1 == cfg.steps):
@@ -1520,7 +1519,7 @@ def generate_text(cfg: Config, w: cluster.World) -> None:
         refuse(not bits, 'this model knows bits: give --prompt "0110"')
         ids, decode = [2, *bits], lambda i: " ".join(map(str, i))
     elif tokenizer is None:
-        ids, decode = Tokenizer([]).encode(cfg.prompt).tolist(), Tokenizer([]).decode
+        ids, decode = Tokenizer().encode(cfg.prompt).tolist(), Tokenizer().decode
     else:
         ids, decode = tokenizer.encode(cfg.prompt).ids, tokenizer.decode
     refuse(not ids, "--prompt is empty. Give at least one word.")

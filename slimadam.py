@@ -32,8 +32,14 @@ import contextlib
 import functools
 import json
 import math
+import multiprocessing
 import re
+import signal
+import sys
 import warnings
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import combinations
@@ -50,12 +56,28 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.nn.parallel import DistributedDataParallel
 
-from common import cli, report
-from common import dist as cluster
+from common import cli, cluster, report
 from common.cli import BadInput, opt
 from common.kernels import optimizer as kernels
 from common.text import Tokenizer, corpus
 from common.weights import open_weights, rope_frequencies, rotate
+
+
+@contextmanager
+def workers(n: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of n fresh processes, for runs that share nothing. Ctrl-C, SIGTERM or an error here ends them at once."""
+    heed = (signal.signal, (signal.SIGINT, signal.SIG_IGN))  # a terminal's Ctrl-C reaches them too; we decide
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with ProcessPoolExecutor(n, multiprocessing.get_context("spawn"), *heed) as pool:
+            try:
+                yield pool
+            except BaseException:  # else the pool would first finish what it was given
+                for child in multiprocessing.active_children():
+                    child.terminate()
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass
@@ -1266,7 +1288,7 @@ class Text:
         if encode is None and cfg.vocab < 256:
             raise BadInput(f"--vocab {cfg.vocab} is too small for text as bytes: give 256 or more")
         if encode is None and cfg.vocab > 256:
-            encode = Tokenizer.train(text, cfg.vocab).encode
+            encode = Tokenizer(text, cfg.vocab).encode
         raw = text.encode("utf-8", errors="surrogatepass")
         ids = torch.tensor(list(raw)) if encode is None else torch.as_tensor(encode(text))
         width = cfg.block + 1
@@ -1401,7 +1423,7 @@ def print_snr(w: cluster.World, mean: dict, rules: dict) -> None:
 def demo(cfg: Config, w: cluster.World) -> None:
     """SNR, rules, the learning-rate sweep, the three savings, the fidelity of the update, the picture, the claim."""
     run = report.Run(cfg.out, cfg, w)
-    with cluster.workers(cfg.workers) if w.size == 1 else contextlib.nullcontext() as pool:
+    with workers(cfg.workers) if w.size == 1 else contextlib.nullcontext() as pool:
         found, derived, best = sweep(cfg, w, pool)
     for (name, lr, seed), f in found.items():
         shown = {k: f[k] for k in ("train_loss", "val_loss", "losses")}
@@ -1556,7 +1578,7 @@ class Trainer:
         """Train to the end; checkpoints go to `path` if given, also when SIGTERM asks to stop."""
         cfg, w, saved = self.cfg, self.w, -1
         bar = report.progress(None, cfg.mode, w, cfg.steps, self.step)
-        listen = cluster.stop_signal(w.device) if path else contextlib.nullcontext(bool)  # bool() is False
+        listen = cluster.stop_signal() if path else contextlib.nullcontext(bool)  # bool() is False
         with listen as stopping, bar:
             while self.step < cfg.steps:
                 loss = self.advance()

@@ -55,8 +55,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from common import cli, report
-from common import dist as cluster
+from common import cli, cluster, report
 from common.cli import BadInput, opt
 from common.kernels import splat as kernels
 
@@ -1532,7 +1531,7 @@ class Trainer:
         every = cfg.eval_every or max(1, cfg.steps // 10)
         row = lambda step, f, text: [step, f["gaussians"], *(f[f"pairs_{m}"] for m in TILES), f["psnr"], text]
         bar = report.progress(None, what, self.w, cfg.steps, self.step)
-        listen = cluster.stop_signal(self.w.device) if path else contextlib.nullcontext(bool)  # bool() is False
+        listen = cluster.stop_signal() if path else contextlib.nullcontext(bool)  # bool() is False
         with listen as stopping, bar:
             while self.step < cfg.steps:
                 i = self.step + 1

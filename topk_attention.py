@@ -54,8 +54,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from common import cli, report
-from common import dist as cluster
+from common import cli, cluster, report
 from common.cli import BadInput, opt
 from common.kernels import decode_attention as kernels
 from common.text import corpus
@@ -1384,7 +1383,7 @@ class Trainer:
     def run(self, run: report.Run | None = None, save=None) -> Llama:
         """To the end; the loss goes to run.log every 20 steps, save(state) every 100 and when SIGTERM asks to stop."""
         bar = report.progress(None, "train", self.w, sum(self.stages), self.step)
-        listen = cluster.stop_signal(self.w.device) if save else contextlib.nullcontext(bool)  # bool() is False
+        listen = cluster.stop_signal() if save else contextlib.nullcontext(bool)  # bool() is False
         with listen as stopping, bar:
             while self.step < sum(self.stages):
                 loss = self.advance()

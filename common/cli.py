@@ -1,6 +1,7 @@
 """A dataclass as a command line: one field is one flag, the script's docstring is the --help text."""
 
 import argparse
+import difflib
 import os
 import sys
 from dataclasses import field, fields
@@ -10,13 +11,17 @@ class BadInput(ValueError):
     """The user's input is at fault, and the message says what to type instead. run() prints it without a traceback."""
 
 
-class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keep the docstring's line breaks and print every default."""
+def opt(default, help: str, choices=None, positional: bool = False, modes: tuple = ()):
+    """A Config field that is also a flag, of the type of `default`. modes: the modes that read it, all if empty."""
+    return field(default=default, metadata={"help": help, "choices": choices, "positional": positional, "modes": modes})
 
 
-def opt(default, help: str, choices=None, positional: bool = False):
-    """A Config field that is also a flag; the flag's type is the type of `default`. One field may be positional."""
-    return field(default=default, metadata={"help": help, "choices": choices, "positional": positional})
+def spell(name: str, value) -> str:
+    """A setting as one would type it: --top-k 4, --mesh 2 2, --no-causal."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
 
 
 def parse(config: type, argv: list[str] | None = None, presets: dict[str, dict] | None = None):
@@ -25,10 +30,16 @@ def parse(config: type, argv: list[str] | None = None, presets: dict[str, dict] 
     presets: name -> field values; the field `preset` picks one as defaults, and flags given beside it win over it.
     A ValueError of the config's own checks becomes the usual usage error (exit status 2).
     """
-    doc = sys.modules[config.__module__].__doc__
-    parser = argparse.ArgumentParser(usage="%(prog)s [mode] [--flag value ...]", description=doc, formatter_class=_Help)
+    doc, argv = sys.modules[config.__module__].__doc__, sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(usage="%(prog)s [mode] [--flag value ...]", description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    owners = {}  # flag -> the modes that read it
     for f in fields(config):
-        kind, default, help = type(f.default), f.default, f.metadata["help"].replace("%", "%%")
+        kind, default, help = (
+            type(f.default),
+            f.default,
+            f.metadata["help"].replace("%", "%%") + " (default: %(default)s)",
+        )
         flag = "--" + f.name.replace("_", "-")
         if f.metadata["positional"]:
             flag, how = f.name, {"nargs": "?", "choices": f.metadata["choices"]}
@@ -38,11 +49,20 @@ def parse(config: type, argv: list[str] | None = None, presets: dict[str, dict] 
             how = {"nargs": "+", "type": type(default[0])}  # --mesh 2 2
         else:
             how = {"type": kind, "choices": f.metadata["choices"]}
-        parser.add_argument(flag, default=default, help=help, **how)
+        action = parser.add_argument(flag, default=default, help=help, **how)
+        owners |= dict.fromkeys(action.option_strings, f.metadata["modes"])
+    given = [word.split("=")[0] for word in argv if word.startswith("--") and word not in ("--", "--help")]
+    for flag in given:
+        if flag not in owners:
+            near = difflib.get_close_matches(flag, owners, n=1) or ["--help"]
+            parser.error(f"unknown flag {flag}; did you mean {near[0]}?")
     if presets:
         name = parser.parse_known_args(argv)[0].preset
         parser.set_defaults(**presets.get(name, {}))
     values = vars(parser.parse_args(argv))
+    for flag in given:
+        if owners[flag] and values["mode"] not in owners[flag]:
+            parser.error(f"mode {values['mode']} does not read {flag}; it belongs to {', '.join(owners[flag])}")
     try:
         return config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except ValueError as e:
@@ -56,6 +76,6 @@ def run(main, config: type, presets: dict[str, dict] | None = None) -> None:
     except KeyboardInterrupt:
         os._exit(130)  # at once: peers blocked in a collective are torchrun's to stop
     except (BadInput, OSError, MemoryError, ModuleNotFoundError) as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{os.path.basename(sys.argv[0])}: error: {e}", file=sys.stderr, flush=True)
+        where = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+        print(f"{os.path.basename(sys.argv[0])}: error: {where}{e}", file=sys.stderr, flush=True)  # whichever rank
         sys.exit(2)

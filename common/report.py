@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common.dist import World
+from common.cluster import World
 
 
 def progress(steps: Iterable, what: str, w: World, total: int | None = None, first: int = 0) -> tqdm:
@@ -37,33 +37,37 @@ def write_json(path: str | Path, value) -> None:
     os.replace(f"{path}.tmp", path)
 
 
+def _lines(path: Path) -> list[dict]:
+    """The complete lines of a metrics file; a killed run may have left half of one at its end."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
 class Run:
     """The folder of one run: metrics.jsonl (first line the settings, then one flat object per log call), claim.json.
 
-    A fresh run keeps an earlier metrics file as metrics.old.jsonl. A resumed run (`step` > 0) appends, after dropping
-    lines past `step`, which the killed run logged but its checkpoint does not hold. Only rank 0 touches files.
+    metrics.jsonl is the newest run's; the one that stood there becomes metrics.MODE.jsonl. Only rank 0 touches files.
     """
 
     def __init__(self, out: str | Path, cfg, w: World, step: int = 0):
-        self.out, self.w, self.start = Path(out), w, time.perf_counter()
-        self.path = self.out / "metrics.jsonl"
-        if not w.main:
-            return
-        self.out.mkdir(parents=True, exist_ok=True)
-        lines = self._read() if step else []
-        head = {"config": asdict(cfg), "world": w.size, "torch": torch.__version__, "revision": revision()}
-        same = lines and lines[0].get("config", {}).get("mode") == head["config"].get("mode")
-        kept = [x for x in lines[1:] if x.get("step", 0) <= step] if same else []
-        if self.path.exists() and not same:
-            os.replace(self.path, self.path.with_suffix(".old.jsonl"))
-        tmp = self.path.with_suffix(".tmp")
-        tmp.write_text("".join(json.dumps(x) + "\n" for x in [lines[0] if same else head, *kept]))
-        os.replace(tmp, self.path)
+        self.out, self.w, self.start, self.line = Path(out), w, time.perf_counter(), {}
+        self.path, self.mode = self.out / "metrics.jsonl", asdict(cfg).get("mode", "demo")
+        if w.main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if old := _lines(self.path):
+                os.replace(self.path, self.path.with_suffix(f".{old[0]['config'].get('mode', 'demo')}.jsonl"))
+            head = {"config": asdict(cfg), "world": w.size, "torch": torch.__version__, "revision": revision()}
+            self.path.write_text(json.dumps(head) + "\n")
+        if step:
+            self.go_on(step)
 
-    def _read(self) -> list[dict]:
-        """The complete lines of metrics.jsonl; a killed run may have left half of one at its end."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}\n")]
+    def go_on(self, step: int) -> None:
+        """Take up the lines of the run that is resumed, up to `step`; its checkpoint does not hold what came after."""
+        before = self.path.with_suffix(f".{self.mode}.jsonl")
+        if self.w.main and (lines := _lines(before)):
+            kept = [lines[0], *(x for x in lines[1:] if x.get("step", 0) <= step)]
+            before.write_text("".join(json.dumps(x) + "\n" for x in kept))
+            os.replace(before, self.path)
 
     def log(self, **values) -> None:
         """Append one object to metrics.jsonl. Tensors of one element become numbers."""
@@ -107,7 +111,7 @@ def picture(path: str | Path, draw: Callable, **subplots) -> str:
     return f"picture: {path}"
 
 
-# ---- speed and memory
+# %% speed and memory
 
 
 def device_name(device: torch.device) -> str:
@@ -140,31 +144,15 @@ def timed(cases: dict[str, Callable], device: torch.device, repeats: int = 10, w
 
 
 def peak_bytes(fn: Callable, device: torch.device) -> int:
-    """Most bytes of tensor memory that fn() held at once beyond what was held before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        fn()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
-    from torch.profiler import ProfilerActivity, profile
-
-    stderr = os.dup(2)
-    with open(os.devnull, "w") as silent:
-        os.dup2(silent.fileno(), 2)  # the profiler writes its own log there
-    try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-            fn()
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-    held = peak = 0
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for e in sorted(events, key=lambda e: e.start_ns()):
-        held += e.nbytes()
-        peak = max(peak, held)
-    return peak
+    """Most bytes of GPU memory that fn() held at once beyond what was held before; 0 on a CPU, where nobody counts."""
+    if device.type != "cuda":
+        return 0
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    fn()
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def ceilings(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, float]:

@@ -12,7 +12,7 @@ import torch
 from ranks import finish, kill, run_ranks, run_script, start_ranks
 
 import abacus as A
-from common import dist as cluster
+from common import cluster
 from common.cli import BadInput
 
 DATA = Path(__file__).parent / "data"

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from ranks import ROOT, finish, kill, run_ranks, run_script, start_ranks
 
 import axonn as A
-from common import cli
-from common import dist as cluster
+from common import cli, cluster
 from common.weights import open_weights
 
 

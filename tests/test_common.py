@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from ranks import ROOT, run_ranks
 
-from common import cli, report
-from common import dist as cluster
+from common import cli, cluster, report
 from common.cli import BadInput, opt
 from common.text import Tokenizer, corpus
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ranks import finish, kill, run_ranks, run_script, start_ranks
 
 import recurrent_depth as R
-from common import dist as cluster
+from common import cluster
 from common.cli import BadInput
 from common.weights import open_weights, rope_frequencies, rotate
 

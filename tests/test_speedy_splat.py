@@ -17,7 +17,7 @@ import torch
 from ranks import finish, kill, run_ranks, run_script, start_ranks
 
 import speedy_splat as S
-from common import dist as cluster
+from common import cluster
 from common.kernels import splat as kernels
 
 DATA = Path(__file__).parent / "data" / "speedy_splat"

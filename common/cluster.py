@@ -1,0 +1,225 @@
+"""Process group, device, seeds and checkpoint files, on one process or many, under torchrun or plain python."""
+
+import gc
+import json
+import os
+import pickle
+import shutil
+import signal
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from common.cli import BadInput
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int  # 0..size-1 over all nodes
+    size: int  # processes in the job
+    device: torch.device  # this process's device
+
+    @property
+    def main(self) -> bool:
+        """True on the one rank that prints and writes files."""
+        return self.rank == 0
+
+    def print(self, *words) -> None:
+        """print() on rank 0 only."""
+        if self.main:
+            print(*words, flush=True)
+
+
+@contextmanager
+def world(device: str = "auto") -> Iterator[World]:
+    """Join torchrun's group, or make a group of one; device is auto, cpu or cuda. BadInput: too few GPUs here."""
+    rank, size, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        print("warning: srun started several lone runs of this script; start it by torchrun", file=sys.stderr)
+    cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    gpus = torch.cuda.device_count()
+    if cuda and local >= gpus:
+        raise BadInput(f"local rank {local} has no GPU of {gpus} here. Lower --nproc-per-node or pass --device cpu.")
+    dev = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(dev)
+    meet = {} if "RANK" in os.environ else {"store": dist.HashStore()}  # alone: in memory, no port to clash on
+    where = {"device_id": dev} if cuda else {}
+    dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size, **where, **meet)
+    done = False
+    try:
+        yield World(rank, size, dev)
+        done = True
+    finally:
+        if done or size == 1:  # a failed rank exits at once, so torchrun can stop its peers
+            gc.collect()  # a DDP module in a reference cycle would outlive its group and abort the process at exit
+            dist.destroy_process_group()
+
+
+def generator(*seed: int) -> torch.Generator:
+    """A CPU generator for these numbers, e.g. (cfg.seed, step). Equal numbers give equal draws on every device."""
+    mixed = 0x9E3779B97F4A7C15
+    for s in seed:  # splitmix64, so that (0, 1) and (1, 0) are unrelated streams
+        mixed = ((mixed ^ (s & (2**64 - 1))) * 0xBF58476D1CE4E5B9) % 2**64
+        mixed ^= mixed >> 29
+    return torch.Generator().manual_seed(mixed % 2**63)
+
+
+def total(x: Tensor, group=None) -> Tensor:
+    """Sum of x over the ranks of `group` (default: all), as a new tensor."""
+    x = x.clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+@contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """Yield stopping() -> bool: True on all ranks, at the same step, once SIGTERM has reached any of them. Collective.
+
+    The ranks agree through a number in host memory, so a GPU never waits.
+    """
+    asked, lone = [], dist.get_world_size() == 1
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    host = None if lone or dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    try:
+        yield lambda: bool(asked) if lone else bool(total(torch.tensor(len(asked)), host))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# %% checkpoints: PATH is the newest, PATH.previous the one before
+
+
+def _rotate(new: Path, path: Path) -> None:
+    """Make the finished `new` the current `path`; what stood there becomes path.previous."""
+    if path.exists():
+        shutil.rmtree(f"{path}.previous", ignore_errors=True)  # a folder must go first; a file is replaced
+        os.replace(path, f"{path}.previous")
+    os.replace(new, path)
+
+
+def set_aside(path: str | Path) -> None:
+    """Before a fresh run: an earlier run's checkpoints get .old at their end."""
+    for p in filter(Path.exists, (Path(path), Path(f"{path}.previous"))):
+        shutil.rmtree(f"{p}.old", ignore_errors=True)
+        os.replace(p, f"{p}.old")
+
+
+def newest(path: str | Path, fault: Callable[[Path], str]) -> Path:
+    """PATH, or PATH.previous with a warning where fault(PATH) says what is wrong with it; "" means whole.
+
+    FileNotFoundError: there is none. BadInput: there are only damaged ones.
+    """
+    found, faults = [p for p in (Path(path), Path(f"{path}.previous")) if p.exists()], []
+    if not found:
+        raise FileNotFoundError(f"no checkpoint at {path}. Train without --resume first, or pass the right --out.")
+    for p in found:
+        if not (wrong := fault(p)):
+            if faults and (not dist.is_initialized() or dist.get_rank() == 0):
+                print(f"warning: {faults[0]}. Using {p} instead.", flush=True)
+            return p
+        faults.append(f"{p} is damaged: {wrong}")
+    raise BadInput("; ".join(faults) + ". Restore a copy, or move it away and start again without --resume.")
+
+
+def save(path: str | Path, state: dict) -> None:
+    """Write `state` atomically, on one rank; the checkpoint before stays as PATH.previous. OSError: cannot write."""
+    path, tmp = Path(path), Path(f"{path}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(tmp, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        _rotate(tmp, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
+        with suppress(OSError):
+            tmp.unlink()
+        raise OSError(f"cannot write {path}: {e}. Free space or pass --out.") from e
+
+
+def _file_fault(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as z:  # torch.load does not verify every byte; the archive's checksums do
+            return f"record {bad} has another checksum" if (bad := z.testzip()) else ""
+    except (zipfile.BadZipFile, EOFError, zlib.error) as e:  # no memory or no right to read is not damage
+        return f"not a complete file ({e})"
+
+
+def load(path: str | Path) -> dict:
+    """The state written by save(), on the CPU, mapped from the file. Errors and fallback as newest()."""
+    path = newest(path, _file_fault)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as e:
+        raise BadInput(f"{path} holds more than tensors and numbers: no checkpoint of these scripts.") from e
+
+
+# %% sharded checkpoints: a folder of torch.distributed.checkpoint, our facts.json and checksums.json
+
+
+def _checksums(files: list[Path]) -> dict[str, int]:
+    """CRC-32 of the ranks' files by name, on every rank; missing ones are left out. Collective."""
+    found, parts = {}, [None] * dist.get_world_size()
+    for path in filter(Path.exists, files):
+        crc = 0
+        with open(path, "rb") as f:
+            while piece := f.read(2**24):
+                crc = zlib.crc32(piece, crc)
+        found[path.name] = crc
+    dist.all_gather_object(parts, found)
+    return {name: crc for part in parts for name, crc in part.items()}
+
+
+def _folder_fault(folder: Path) -> str:
+    try:
+        want = json.loads((folder / "checksums.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return "its list of checksums, written last, is missing or cut"
+    found = _checksums([folder / name for name in sorted(want)[dist.get_rank() :: dist.get_world_size()]])
+    bad = [name for name in want if found.get(name) != want[name]]
+    return f"{bad[0]} is missing, cut or changed" if bad else ""
+
+
+def save_sharded(folder: str | Path, state: dict) -> None:
+    """Write a state dict whose tensors may be DTensors, atomically; its "facts" are JSON. Collective. OSError."""
+    folder, tmp, main = Path(folder), Path(f"{folder}.tmp"), dist.get_rank() == 0
+    if main:
+        shutil.rmtree(tmp, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        (tmp / "facts.json").write_text(json.dumps(state.get("facts", {})))
+    dist.barrier()
+    try:
+        dcp.save({k: v for k, v in state.items() if k != "facts"}, checkpoint_id=tmp)
+    except dcp.api.CheckpointException as e:  # on every rank; it tells what happened on which
+        why = "; ".join(f"rank {r}: {error}" for r, (error, _) in e.failures.items())
+        if main:
+            shutil.rmtree(tmp, ignore_errors=True)
+        raise OSError(f"cannot write {folder}: {why}. Free space or pass --out.") from e
+    mine = [*tmp.glob(f"__{dist.get_rank()}_*"), *([tmp / "facts.json", tmp / ".metadata"] if main else [])]
+    found = _checksums(mine)
+    if main:
+        (tmp / "checksums.json").write_text(json.dumps(found))
+        _rotate(tmp, folder)
+    dist.barrier()
+
+
+def load_sharded(folder: str | Path, state: dict, check: Callable = lambda path, facts: None) -> dict:
+    """Fill `state` in place, resharding as needed; check(path, facts) may refuse first. Collective. See newest().
+
+    torch.distributed.checkpoint unpickles what it reads: open sharded checkpoints only from people you trust.
+    """
+    whole = newest(folder, _folder_fault)
+    facts = json.loads((whole / "facts.json").read_text())
+    check(whole, facts)
+    dcp.load(state, checkpoint_id=whole)
+    return state | {"facts": facts}
