@@ -38,9 +38,8 @@ def opened(path: str | Path, cfg, *mine: str) -> tuple:
     state, now = cluster.load(path), facts_of(cfg)
     was, new = state.get("facts", {}), now["settings"]
     theirs = {k: v for k, v in was.get("settings", {}).items() if k not in mine}
-    check(
-        path, was | {"settings": theirs}, {**now, "settings": {k: theirs.get(k, new[k]) for k in new if k not in mine}}
-    )
+    now["settings"] = {k: theirs.get(k, new[k]) for k in new if k not in mine}
+    check(path, was | {"settings": theirs}, now)
     return replace(cfg, **{k: tuple(v) if isinstance(v, list) else v for k, v in theirs.items()}), state
 
 
