@@ -51,7 +51,8 @@ from torch.nn.parallel import DistributedDataParallel
 from common import cli, report
 from common import dist as cluster
 from common.cli import BadInput, opt
-from common.kernels import cross_entropy as kernels
+from common.kernels import use_kernels
+from common.kernels.cross_entropy import masked_cross_entropy
 from common.text import Tokenizer, corpus
 from common.weights import open_weights, rope_frequencies, rotate
 
@@ -286,7 +287,6 @@ def goldfish_mask(
     _check_mask(targets, before, k, h, strategy, window, start, generator, strict, short_windows)
     shape, targets = targets.shape, torch.atleast_2d(targets).long()  # (B, L)
     (B, L), context = targets.shape, window == "context"
-    plain = doc_ids is None and hash_map is None and prev is None and not short_windows
 
     if k is None or L == 0:
         drop = torch.zeros_like(targets, dtype=torch.bool)
@@ -295,9 +295,6 @@ def goldfish_mask(
         drop = ((column >= start) & ((column - start) % k == 0)).expand(B, L)
     elif strategy == "random":
         drop = (torch.randint(k, (B, L), generator=generator, device=generator.device) == 0).to(targets.device)
-    elif plain and targets.is_cuda and kernels.available() and strategy != "avalanche":
-        table = hash_table(targets.device)
-        drop = kernels.window_mask_triton(targets.contiguous(), table, k, h, strategy, context, ignore_index, seed)
     else:
         ids, docs = targets, None if doc_ids is None else torch.atleast_2d(doc_ids)
         if prev is not None:
@@ -395,8 +392,8 @@ def goldfish_loss(
     k = None is ordinary cross-entropy. The normalizer is |G| of this call (None or "batch"), a number or 0-d tensor, or
     "global": |G| of all ranks over their number, so that DDP's averaged gradients are those of one process; every rank
     must then call it. With no supervised target the loss and all gradients are 0. reduction "sum" does not divide.
-    return_stats adds {supervised, dropped, ignored}, which sum to targets.numel(). impl: auto takes triton on a GPU,
-    where backward overwrites the logits with their gradient. mask_kw: see goldfish_mask, whose errors also apply.
+    return_stats adds {supervised, dropped, ignored}, which sum to targets.numel(). impl: auto takes triton on a GPU.
+    mask_kw: see goldfish_mask, whose errors also apply.
 
     An ignore_index inside [0, V), such as a pad id, is allowed; that token is then never supervised.
     ValueError: shapes or devices disagree, a target outside [0, V), an unknown name. TypeError: targets not integers.
@@ -406,15 +403,15 @@ def goldfish_loss(
         raise ValueError(f"a vocabulary of {V} exceeds 2^31 - 1. Use goldfish_linear_loss, which never builds N x V.")
     if impl not in ("auto", "torch", "triton"):
         raise ValueError(f"unknown impl {impl!r}; choose auto, torch or triton")
-    fits = kernels.available() and logits.dtype != torch.float64
+    fits = use_kernels(logits.device) and logits.dtype != torch.float64
     if impl == "triton" and not fits:
         raise ValueError(f"impl='triton' needs Triton and logits below float64, got {logits.dtype}. Use impl='torch'.")
     masked, drop = _supervise(logits, V, targets, k, h, strategy, ignore_index, mask_kw)
+    keep = masked != ignore_index
     if impl == "triton" or (impl == "auto" and fits and logits.is_cuda):
         rows = (logits if logits.stride(-1) == 1 else logits.contiguous()).reshape(-1, V)  # (N, V)
-        total = kernels.MaskedCrossEntropy.apply(rows, masked.reshape(-1), drop.reshape(-1), ignore_index)
+        total = masked_cross_entropy(rows, masked.reshape(-1), keep.reshape(-1))
     else:
-        keep = masked != ignore_index
         rows = logits[keep]  # (n, V); dropped rows, NaN or not, never enter
         rows = rows if rows.dtype == torch.float64 else rows.float()
         total = F.cross_entropy(rows, masked[keep], reduction="sum")
@@ -423,8 +420,6 @@ def goldfish_loss(
 
 def _nll_grad_(logits: Tensor, y: Tensor) -> Tensor:
     """Summed -log softmax(logits)[y] over rows (C, V); the logits become softmax - onehot, with no second (C, V)."""
-    if logits.is_cuda and kernels.available() and logits.dtype != torch.float64:
-        return kernels.nll_grad_triton_(logits, y)
     z = logits if logits.dtype == torch.float64 else logits.float()  # a copy of halves alone
     z -= z.amax(dim=-1, keepdim=True)
     z_y = z.gather(-1, y[:, None])  # (C, 1)
