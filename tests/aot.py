@@ -29,15 +29,7 @@ from common.kernels import cross_entropy, decode_attention, splat  # noqa: E402
 
 TARGETS = GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
 FULL, HALF, FP16, INT, BOOL = torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool
-TYPES = {
-    FULL: "*fp32",
-    HALF: "*bf16",
-    FP16: "*fp16",
-    INT: "*i64",
-    torch.int32: "*i32",
-    torch.int16: "*i16",
-    BOOL: "*i1",
-}
+TYPES = {FULL: "*fp32", HALF: "*bf16", FP16: "*fp16", INT: "*i64", torch.int16: "*i16", BOOL: "*i1"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 done = set()
 
@@ -71,8 +63,8 @@ def launch(kernel, *args, grid, warmup=False, **given) -> None:
 
 
 def measure(kernel) -> dict:
-    """Registers, bytes of spilled ones, bytes of shared memory, matrix products, and the instructions they became."""
-    found = {"shared": kernel.metadata.shared, "dots": len(re.findall(r"tt\.dot ", kernel.asm["ttir"]))}
+    """Registers, bytes of spilled ones, KB of shared memory, matrix products, and the instructions they became."""
+    found = {"shared KB": kernel.metadata.shared / 1024, "dots": len(re.findall(r"tt\.dot ", kernel.asm["ttir"]))}
     if "amdgcn" in kernel.asm:
         number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", kernel.asm["amdgcn"])[1])
         found |= {"registers": number("vgpr_count"), "spilled": number("private_segment_fixed_size")}
@@ -107,14 +99,15 @@ def failing_mutant(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 if __name__ == "__main__":
     JITFunction.run = launch
+    N, K = 10**6 - 1, 19999  # keys, and how many of them are chosen: odd, as most lengths of a cache are not aligned
     for V, dtype in ((128256, HALF), (50257, FULL)):
         logits = empty(65536, V, dtype=dtype).requires_grad_()
         cross_entropy.masked_cross_entropy(logits, empty(65536, dtype=INT), empty(65536, dtype=BOOL)).backward()
     for D, q, k in ((64, HALF, HALF), (128, HALF, HALF), (256, HALF, HALF), (64, FULL, HALF), (128, FULL, HALF),
                     (256, FULL, HALF), (128, FP16, FP16), (128, FULL, FULL)):  # fmt: skip
-        decode_attention.scores(empty(8, 4, D, dtype=q), empty(8, 10**6, D, dtype=k))
+        decode_attention.scores(empty(8, 4, D, dtype=q), empty(8, N, D, dtype=k))
     for D, v in ((128, HALF), (256, HALF), (128, FULL)):
-        decode_attention.attend(empty(8, 4, 20000), empty(8, 4, 20000, dtype=INT), empty(8, 10**6, D, dtype=v), 0.1)
+        decode_attention.attend(empty(8, 4, K), empty(8, 4, K, dtype=INT), empty(8, N, D, dtype=v), 0.1)
     camera, widths = SimpleNamespace(size=(1920, 1080)), {"mean2d": 2, "conic": 3, "opacity": 1, "color": 3}
     s = {name: torch.ones(4096, width, requires_grad=True).squeeze(1) for name, width in widths.items()}
     s = SimpleNamespace(**s, depth=torch.ones(4096), visible=torch.ones(4096, dtype=BOOL))

@@ -143,10 +143,8 @@ def attend(s: Tensor, index: Tensor, v: Tensor, scale: float) -> tuple[Tensor, T
     (Hk, R, k), D = s.shape, v.shape[2]
     _check("v", v)
     need(s.dtype == torch.float32 and index.dtype == torch.int64, "s must be float32 and index int64")
-    need(
-        index.shape == s.shape and len(v) == Hk,
-        f"s, index, v do not fit: {[*map(tuple, (s.shape, index.shape, v.shape))]}",
-    )
+    shapes = ", ".join(str(tuple(x.shape)) for x in (s, index, v))
+    need(index.shape == s.shape and len(v) == Hk, f"s, index and v do not fit: {shapes}")
     BD = max(16, triton.next_power_of_2(D))
     BK = 4096 // BD
     per, parts = _share(triton.cdiv(k, BK), Hk * R)
