@@ -53,7 +53,7 @@ def test_cross_entropy(dtype, N, V):
     keep = torch.arange(N, device=DEVICE) % 3 < 2
     logits = (3 * randn(N, V + 5, dtype=dtype))[:, :V]  # rows further apart than they are long
     logits[:, 1 : V // 2] = -math.inf  # a vocabulary of which only a part is in use
-    logits[:, -1] = 6  # the maximum grows from block to block
+    logits[:, -1] = 14  # the maximum grows from block to block
     logits[keep, targets[keep]] = 1
     logits[~keep] = math.nan  # never read
     before = logits.clone()
@@ -62,7 +62,6 @@ def test_cross_entropy(dtype, N, V):
     want = F.cross_entropy(exact[keep], targets[keep], reduction="sum")
     assert got.dtype == FULL and got.shape == ()
     close(got.double(), want, rtol=1e-5, atol=1e-6)
-    close(masked_cross_entropy(logits, targets, keep), got)
     (got * 7).backward()  # the gradient that comes in is rarely 1
     (want * 7).backward()
     close(mine.grad, exact.grad.to(dtype), rtol=max(1e-5, torch.finfo(dtype).eps), atol=1e-6)
