@@ -92,7 +92,7 @@ def goldfish_loss(logits: Tensor, targets: Tensor, k: int = 4, h: int = 13) -> T
 
 def kept_loss(logits: Tensor, targets: Tensor, keep: Tensor) -> Tensor:
     """Summed cross-entropy where keep (B, L) is True; what is dropped, NaN or not, never enters."""
-    if use_kernels(logits.device):  # one pass over the kept rows, no copy of them
+    if logits.is_cuda and use_kernels(logits.device):  # one pass over the kept rows, no copy of them
         return kernels.masked_cross_entropy(logits.flatten(0, 1), targets.flatten().long(), keep.flatten())
     return F.cross_entropy(logits[keep].float(), targets[keep].long(), reduction="sum")
 
@@ -482,7 +482,7 @@ def measure(cfg: Config, text: Text, model: GPT) -> dict:
 # %% demo: the claim
 
 RUNS = {  # row of the table -> settings, what the batches show
-    "ordinary": ({"k": 0}, {}), "k=4": ({"k": 4}, {}), "k=3": ({"k": 3}, {}), "control": ({"k": 0}, {"control": True}),
+    "ordinary": ({"k": 0}, {}), "k=4": ({"k": 4}, {}), "k=3": ({"k": 3}, {}), "control": ({"k": 4}, {"control": True}),
     "random": ({"k": 4, "strategy": "random"}, {}), "near-duplicates": ({"k": 4}, {"noise": 0.05}),
     "k=4, 4/3 steps": ({"k": 4, "steps": 4 / 3}, {}),
 }  # fmt: skip

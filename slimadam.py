@@ -59,6 +59,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import cli, cluster, report
 from common.cli import BadInput, opt
 from common.kernels import optimizer as kernels
+from common.kernels import use_kernels
 from common.text import Tokenizer, corpus
 from common.weights import open_weights, rope_frequencies, rotate
 
@@ -643,7 +644,7 @@ class SlimAdamW(torch.optim.Optimizer):
         legal = []
         for (name, p, _, swapped), rule in zip(describe(named, self._owners), found, strict=True):
             legal.append(legal_rule(rule, name, p.shape, swapped))
-            if self._slim["fused"] and not (kernels.runs_on(p.device) and p.dtype in TRITON_DTYPES):
+            if self._slim["fused"] and not (use_kernels(p.device) and p.dtype in TRITON_DTYPES):
                 raise ValueError(
                     f"fused=True needs Triton, a GPU, and weights below float64; {name} is {p.dtype} on {p.device}. "
                     f"Pass fused=None."
@@ -790,7 +791,7 @@ class SlimAdamW(torch.optim.Optimizer):
 
     def _wants_triton(self, p: Tensor) -> bool:
         fused = self._slim["fused"]
-        return fused if fused is not None else p.is_cuda and kernels.available() and p.dtype != torch.float64
+        return fused if fused is not None else p.is_cuda and use_kernels(p.device) and p.dtype != torch.float64
 
     def _pieces_of(self, group: dict, name: str, index: int, p: Tensor, rule) -> list[Piece]:
         state, shape, offset, shards = self.state[p], tuple(p.shape), (0,) * p.ndim, []

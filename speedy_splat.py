@@ -58,9 +58,11 @@ from torch import Tensor, nn
 from common import cli, cluster, report
 from common.cli import BadInput, opt
 from common.kernels import splat as kernels
+from common.kernels import use_kernels
 
 TILES = ("vanilla", "snugbox", "accutile", "pixel")
 CHANNELS = ("sum", "separate")
+BACKENDS = ("auto", "torch", "triton")
 BLACK, WHITE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 COLORS = {"black": BLACK, "white": WHITE}
 
@@ -92,7 +94,7 @@ class Config:
     # the rasteriser
     tiles: str = opt("accutile", "which tiles a Gaussian is listed in", choices=TILES)
     tile: int = opt(8, "pixels along a tile's side: 8 suits a CPU, 16 a GPU")
-    backend: str = opt("auto", "auto: Triton on a GPU, torch elsewhere", choices=kernels.BACKENDS)
+    backend: str = opt("auto", "auto: Triton on a GPU, torch elsewhere", choices=BACKENDS)
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
     threads: int = opt(1, "CPU threads per process; the pieces of work are small, so more gain little")
     # files
@@ -230,12 +232,12 @@ def prune_scores(
     _check_choice("channels", channels, CHANNELS)
     score = torch.zeros_like(model.means[:, 0])
     background, eye = torch.as_tensor(background).to(score), torch.eye(3).to(score)
-    fast = kernels.chosen(backend, score.device)
+    fast = _fast(backend, score.device)
     for camera in cameras:
         s = project(model, camera, sh_degree)
         for pick in eye.sum(dim=0, keepdim=True) if channels == "sum" else eye:  # dL/dI, the same at every pixel
             g = torch.cat([pick, -(pick * background).sum()[None]])  # and dL/dcoverage
-            score += (kernels.score_triton if fast else _score)(s, camera, tile, tiles, g)
+            score += (kernels.score if fast else _score)(s, camera, tile, tiles, g)
     return score
 
 
@@ -634,28 +636,30 @@ def render(
     ValueError: unknown tiles or backend, or too many pairs.
     """
     _check_choice("tiles", tiles, TILES)
-    if kernels.chosen(backend, model.means.device) and not torch.is_grad_enabled():
-        s = Splats(*kernels.project_triton(model, camera, sh_degree))
-    else:
-        s = project(model, camera, sh_degree)
+    s = project(model, camera, sh_degree)
     if s.mean2d.requires_grad:
         s.mean2d.retain_grad()
     return rasterize(s, camera, background=background, tiles=tiles, backend=backend, tile=tile)
 
 
+def _fast(backend: str, device: torch.device) -> bool:
+    """Whether to take the kernels: auto does on a GPU that has Triton."""
+    _check_choice("backend", backend, BACKENDS)
+    return backend == "triton" or (backend == "auto" and device.type == "cuda" and use_kernels(device))
+
+
 def rasterize(s: Splats, camera: Camera, *, background, tiles: str, backend: str, tile: int) -> Render:
     """Tiles, order and blending of projected Gaussians."""
-    if kernels.chosen(backend, s.mean2d.device):
-        layer, n_tiles, pairs = kernels.rasterize_triton(s, camera, tile, tiles)
+    if _fast(backend, s.mean2d.device):
+        layer, ids = kernels.rasterize(s, camera, tile, tiles)
     else:
         ids, starts = bin_pairs(s, camera, tile, tiles)
         columns, _ = camera.grid(tile)
         layer = Blend.apply(_table(s), ids, starts, tile, columns)
         layer = rearrange(layer, "(r c) (y x) d -> (r y) (c x) d", c=columns, y=tile)[: camera.height, : camera.width]
-        n_tiles, pairs = torch.bincount(ids, minlength=len(s.mean2d)), len(ids)
     final_T = 1 - layer[..., 3]
     image = layer[..., :3] + final_T[..., None] * torch.as_tensor(background).to(layer)
-    return Render(image, final_T, s.mean2d, n_tiles, pairs)
+    return Render(image, final_T, s.mean2d, torch.bincount(ids, minlength=len(s.mean2d)), len(ids))
 
 
 DENSE = 2**23  # pixels x Gaussians at a time
@@ -1848,16 +1852,16 @@ def bench(cfg: Config, w: cluster.World) -> None:
 def bench_modes(name: str, model: GaussianModel, camera: Camera, cfg: Config, w: cluster.World) -> tuple[list, list]:
     """Rows per mode: pairs, time to list them, forward, forward + backward of blending and tiles. And rows per stage of
     an AccuTile frame: time, and the time that the bytes which it must move take in a copy."""
-    fast, cuda = kernels.chosen(cfg.backend, w.device), w.device.type == "cuda"
+    fast, cuda = _fast(cfg.backend, w.device), w.device.type == "cuda"
     tile = 16 if camera.width > 128 or cuda else cfg.tile
     target = torch.rand(camera.height, camera.width, 3, generator=cluster.generator(0)).to(w.device)
-    look = torch.no_grad()(partial(kernels.project_triton if fast else project, model, camera))
-    s, leaves = Splats(*look()), ("mean2d", "conic", "opacity", "color")
+    look = torch.no_grad()(partial(project, model, camera))
+    s, leaves = look(), ("mean2d", "conic", "opacity", "color")
 
     def lists(mode: str) -> None:
         """Tiles and order alone."""
         if fast:
-            kernels.tile_lists_triton(kernels.table(s), s.depth, s.visible, *camera.size, tile, mode)
+            kernels.tile_lists(kernels.table(s), s.depth, s.visible, *camera.size, tile, mode)
         else:
             bin_pairs(s, camera, tile, mode)
 

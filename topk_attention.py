@@ -9,7 +9,7 @@ Here     The claim we check: 2 % of the keys keep 95 % of dense accuracy, on a m
          real pretrained one. Exact search is exact; for the approximate indexes recall is measured. Beside it: a
          cache that is saved and opened by memory map, a sequence cut over processes, RULER-style tasks.
 Differs  Scores stay in fp32 and the joint maximum is subtracted (released code: bf16, no maximum: it overflows).
-         Exact search by block maxima or radix select, or by an 8-bit scan that proves its choice; a 4-bit scan,
+         Exact search by block maxima, or by an 8-bit scan that proves its choice; a 4-bit scan,
          re-ranked exactly, for a library of float32 indexes; k-means lists as there, HNSW left out. Batches of unequal
          lengths. The last layer of the prefill is not computed. Ours alone: share="group", sinks, recent windows,
          flushing, sharding, row reuse.
@@ -57,6 +57,7 @@ from torch.nn.attention.bias import causal_lower_right
 from common import cli, cluster, report
 from common.cli import BadInput, opt
 from common.kernels import decode_attention as kernels
+from common.kernels import use_kernels
 from common.text import corpus
 from common.weights import open_weights, package, rope_frequencies, rotate
 
@@ -173,10 +174,10 @@ def topk_attention(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     tops = [resolve_k(topk, n) for n in used]  # also the check for N = 0
     able = share == "head" and not (sink or recent or return_indices) and q.dtype != torch.float64
-    if backend == "triton" or (backend == "auto" and q.is_cuda and kernels.available() and able and N > 0):
+    if backend == "triton" or (backend == "auto" and q.is_cuda and _kernels_take(q, k) and able and N > 0):
         if not able:
             raise ValueError("backend 'triton' does share='head' without sink, recent or return_indices, below float64")
-        o, l = kernels.topk_attention_triton(q, k, v, tops, used, ks, vs, scale)
+        o, l = _by_kernels(q, k, v, tops, used, ks, vs, scale)
         return (o.to(q.dtype), l) if return_lse else o.to(q.dtype)
     found = []
     for b, (n, top) in enumerate(zip(used, tops, strict=True)):
@@ -186,6 +187,24 @@ def topk_attention(
         also = where and where + ", suffix"
         found.append(_attend(q[b], q[b], find, n, attended, ks[b], vs[b], scale, also, return_indices))
     return _packed(found, q.dtype, return_lse, return_indices)
+
+
+def _kernels_take(q: Tensor, k: Tensor) -> bool:
+    """Whether scores of q and k are the Triton kernels' to make."""
+    known = q.dtype in kernels.DTYPES and k.dtype in (q.dtype, torch.float32, torch.bfloat16)
+    return use_kernels(q.device) and known and k.shape[-1] * k.element_size() <= 512
+
+
+def _by_kernels(q, k, v, tops: list, used: list, ks, vs, scale: float) -> tuple[Tensor, Tensor]:
+    """Per sequence: scores, torch.topk, attention to the chosen rows and, in torch, to the suffix -> o, l in fp32."""
+    found, T = [], q.shape[2]
+    for b, (top, n) in enumerate(zip(tops, used, strict=True)):
+        rows = q[b].reshape(k.shape[1], -1, q.shape[3])  # (Hk, R, D)
+        score, index = kernels.scores(rows, k[b, :, :n]).topk(top, sorted=False)
+        chosen = kernels.attend(score, index, v[b, :, :n], scale)
+        found.append(merge_lse(*chosen, *_suffix_part(rows, ks[b], vs[b], scale, T)))
+    o, l = (torch.stack(x) for x in zip(*found, strict=True))
+    return o.reshape(q.shape), l.reshape(q.shape[:3])
 
 
 def _find(k, v, top, scale, share, sink, recent, where, q, T) -> tuple[Tensor, Tensor, Tensor]:
@@ -386,20 +405,15 @@ def layer_budgets(k, n_layers: int, slope: float = 0.0, n_ctx: int | None = None
     return out
 
 
-def exact_topk(scores: Tensor, k: int, method: str = "blocks") -> tuple[Tensor, Tensor]:
+def exact_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of the last dimension, in any order: scores (..., N) -> values, indices int64, both (..., k).
 
-    blocks: a row of the k largest lies in one of the k blocks with the largest maxima, so two short selections do for
-    one long one. radix: what the GPU kernels do, float32 only; the lowest index wins a tie, indices ascend.
-    ValueError: k is not in 0..N, or another method.
+    A row of the k largest lies in one of the k blocks with the largest maxima, so two short selections do for one long
+    one. ValueError: k is not in 0..N.
     """
     n = scores.shape[-1]
     if isinstance(k, bool) or not 0 <= k <= n:
         raise ValueError(f"k must be between 0 and the {n} scores, got {k!r}")
-    if method not in ("blocks", "radix"):
-        raise ValueError(f"unknown method {method!r}; choose blocks or radix")
-    if method == "radix":
-        return radix_topk(scores, k)
     size = 1 << max(0, round(math.log2(max(1, n / max(1, k))) / 2))  # rows per block, about sqrt(N / k)
     count = n // size
     if size < 4 or n < 4096 or k == 0:
@@ -415,43 +429,6 @@ def exact_topk(scores: Tensor, k: int, method: str = "blocks") -> tuple[Tensor, 
     rows = torch.cat([rows.flatten(-2), rest], dim=-1)  # (..., size k + n % size)
     values, at = scores.gather(-1, rows).topk(k, dim=-1, sorted=False)
     return values, rows.gather(-1, at)
-
-
-def ordered_key(scores: Tensor) -> Tensor:
-    """float32 -> int64 in 0..2^32 - 1 with the same order; -0 and +0 are equal, NaN lies above +inf."""
-    bits = (scores + 0.0).view(torch.int32).long() & 0xFFFFFFFF
-    return torch.where(bits >= 2**31, 0xFFFFFFFF - bits, bits + 2**31)
-
-
-def radix_threshold(key: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of key (..., N): the k-th largest (..., 1), and how many rows equal to it belong to the k largest (..., 1).
-
-    Three passes, each a histogram of the next bits among the rows that share the bits found so far.
-    """
-    need = torch.full_like(key[..., :1], k)
-    prefix = torch.zeros_like(need)
-    for shift, width in ((21, 11), (10, 11), (0, 10)):
-        alive = (key >> (shift + width)) == prefix
-        bins = (key >> shift) & ((1 << width) - 1)
-        count = torch.zeros(*key.shape[:-1], 1 << width, dtype=torch.long, device=key.device)
-        count = count.scatter_add(-1, bins, alive.long())
-        above = count.flip(-1).cumsum(-1).flip(-1) - count  # rows in higher bins
-        pivot = ((above < need) & (need <= above + count)).int().argmax(dim=-1, keepdim=True)  # (..., 1)
-        need, prefix = need - above.gather(-1, pivot), (prefix << width) | pivot
-    return prefix, need
-
-
-def radix_topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row by radix select: scores (..., N) float32 -> values, indices, both (..., k). The lowest
-    index wins a tie, indices ascend. ValueError: another dtype."""
-    if scores.dtype != torch.float32:
-        raise ValueError(f"radix select reads the bits of float32, got {scores.dtype}. Use method='blocks'.")
-    key = ordered_key(scores)
-    threshold, need = radix_threshold(key, k)
-    tie = key == threshold
-    chosen = (key > threshold) | (tie & (tie.cumsum(-1) <= need))
-    index = torch.arange(key.shape[-1], device=key.device).expand_as(key)[chosen].reshape(*key.shape[:-1], k)
-    return scores.gather(-1, index), index
 
 
 def dense_weights(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
@@ -577,8 +554,6 @@ class Quantised:
         return (code.unflatten(1, (-1, GROUP)) * scale + low).flatten(1, 2)
 
     def candidates(self, q: Tensor, count: int, top: int, select=torch.topk) -> tuple[Tensor, None]:
-        if q.is_cuda and self.kind == "q4" and kernels.available():
-            return kernels.topk_triton(kernels.q4_scores_triton(q, *self.parts), count)[1], None
         s = torch.empty(len(q), q.shape[1], self.n, device=q.device)
         for a in range(0, self.n, 4096):
             e = min(self.n, a + 4096)
@@ -814,8 +789,8 @@ class KVStore:
             at, sure = index.candidates(rows.to(self.index_device).float(), count, every, exact_topk)  # (Hk, R, c)
             few = sure is None or sure.is_cuda or bool(sure.all())
         if not few:
-            if k.is_cuda and share == "head" and not sink and not recent and kernels.available():
-                return back(*kernels.topk_triton(kernels.scores_triton(rows, k), top))
+            if k.is_cuda and share == "head" and not sink and not recent and _kernels_take(rows, k):
+                return back(*kernels.scores(rows, k).topk(top, sorted=False))
             return back(*_choose(_scores(rows, k, where), top, scale, T, share, sink, recent))
         rest = torch.arange(index.n, n, device=k.device).expand(*at.shape[:2], -1)  # rows that are not in the index
         at = torch.cat([at.to(k.device), rest], dim=-1)
@@ -2020,8 +1995,6 @@ def bench(cfg: Config, w: cluster.World) -> None:
         "topk_attention": lambda: topk_attention(q, keys, values, k),
         "topk_attention, group-shared": lambda: topk_attention(q, keys, values, k, share="group"),
     }
-    if cuda and kernels.available():
-        cases["dense split kernel"] = lambda: kernels.dense_decode_triton(q, keys, values, D**-0.5)
     if not cuda:
         store, none = KVStore(index="q8", dtype=dtype), q.new_zeros(Hk, 0, D)
         store.put(0, keys[0], values[0])

@@ -1,14 +1,21 @@
-"""Set before anything imports Triton: without a GPU, kernels run in Triton's interpreter."""
+"""The device of the tests, and the environment, which must stand before anything imports Triton."""
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from common.kernels import use_kernels  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # without a GPU, kernels run in Triton's interpreter
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(1)
+needs_kernels = pytest.mark.skipif(not use_kernels(DEVICE), reason="needs Triton, and a GPU or its interpreter")
 
 
 def _weights() -> str:

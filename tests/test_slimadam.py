@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import DEVICE, needs_kernels
 from ranks import finish, run_ranks, run_script, start_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
@@ -565,13 +566,12 @@ def test_bad_gradients():
 # ---- kernels
 
 
-@pytest.mark.skipif(not slimadam.kernels.available(), reason="needs Triton")
+@needs_kernels
 @pytest.mark.parametrize("dtype, kw", [
     (torch.float32, {"max_grad_norm": 1.0}), (torch.float32, {"nonfinite": "skip", "maximize": True}),
     (torch.bfloat16, {"stochastic_rounding": True}), (torch.float64, {}),
 ])  # fmt: skip
 def test_triton_step_equals_torch(dtype, kw, monkeypatch):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     monkeypatch.setattr(slimadam.kernels, "SPLIT", 32)  # several row splits on small tensors
     rules = {"one": ((1, 1), (0,)), "flat": ((1, 7), (1,)), "thin": ((7, 1), (0,)), "row": ((33, 65), (1,)),
              "col": ((70, 130), (0,)), "all": ((40, 150), (0, 1)), "full": ((5, 9), None), "vec": ((3,), None),
@@ -582,7 +582,7 @@ def test_triton_step_equals_torch(dtype, kw, monkeypatch):
     results = []
     for fused in (False, True):
         g = torch.Generator().manual_seed(0)
-        P = {n: nn.Parameter(torch.randn(s, generator=g).to(device, dtype)) for n, (s, _) in rules.items()}
+        P = {n: nn.Parameter(torch.randn(s, generator=g).to(DEVICE, dtype)) for n, (s, _) in rules.items()}
         if dtype == torch.float64 and fused:
             with pytest.raises(ValueError, match="float64"):
                 SlimAdamW(P.items(), rules={n: r for n, (_, r) in rules.items()}, fused=True)
@@ -590,7 +590,7 @@ def test_triton_step_equals_torch(dtype, kw, monkeypatch):
         optimizer = SlimAdamW(P.items(), rules={n: r for n, (_, r) in rules.items()}, fused=fused, **kw)
         for t in range(2):
             for p in P.values():
-                p.grad = torch.randn(p.shape, generator=g).to(device, dtype)
+                p.grad = torch.randn(p.shape, generator=g).to(DEVICE, dtype)
             if t and "nonfinite" in kw:
                 P["row"].grad[2, 2] = math.nan
             optimizer.step()
@@ -606,22 +606,22 @@ def test_triton_step_equals_torch(dtype, kw, monkeypatch):
             assert (P[n] == Q[n]).float().mean() > 0.98
 
 
-@pytest.mark.skipif(not slimadam.kernels.available(), reason="needs Triton")
+@needs_kernels
 def test_triton_takes_all_blocks_of_a_tensor_or_none():
-    device, results = "cuda" if torch.cuda.is_available() else "cpu", []
+    results = []
     rules = {"w": ((3, (1,)), (3, (0,)))}  # an axis in the middle: Triton cannot; the second block alone it could
     for fused in (False, True):
-        w = nn.Parameter(torch.ones(6, 4, 3, device=device))
+        w = nn.Parameter(torch.ones(6, 4, 3, device=DEVICE))
         optimizer = SlimAdamW([("w", w)], rules=rules, fused=fused)
         for t in range(2):
-            w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(t)).to(device)
+            w.grad = torch.randn(w.shape, generator=torch.Generator().manual_seed(t)).to(DEVICE)
             optimizer.step()
         results.append(w.detach())
     close(*results, 1e-7)
 
 
 def test_fused_needs_triton_and_a_gpu(monkeypatch):
-    monkeypatch.setattr(slimadam.kernels, "runs_on", lambda device: False)
+    monkeypatch.setattr(slimadam, "use_kernels", lambda device: False)
     with pytest.raises(ValueError, match="fused=True"):
         SlimAdamW([("q_proj.weight", nn.Parameter(torch.ones(2, 2)))], fused=True)
 
@@ -673,7 +673,7 @@ def _sharded(rank, size, folder, stage):
     _steps(Q, b, 0, 3)
     for n in P:  # the random bits do not depend on the number of ranks
         close(whole(P[n].detach()).float(), Q[n].detach().float(), 0.0)
-    if size == 3 and slimadam.kernels.available() and os.environ.get("TRITON_INTERPRET") == "1":
+    if size == 3 and slimadam.use_kernels("cpu"):
         (P, rules), (Q, _) = _tensors(mesh), _tensors()
         kw = {"rules": rules, "max_grad_norm": 1.0}
         a, b = SlimAdamW(P.items(), fused=True, **kw), SlimAdamW(Q.items(), **kw)

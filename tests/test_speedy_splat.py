@@ -18,7 +18,6 @@ from ranks import finish, kill, run_ranks, run_script, start_ranks
 
 import speedy_splat as S
 from common import cluster
-from common.kernels import splat as kernels
 
 DATA = Path(__file__).parent / "data" / "speedy_splat"
 KEY = {"vanilla": "vanilla", "snugbox": "snug", "accutile": "accu", "pixel": "pix"}
@@ -315,86 +314,6 @@ def test_densify_clones_splits_drops_and_resets():
     assert model.opacity.sigmoid().max() <= 0.0100001 and not optimizer.state[model.opacity]["exp_avg"].any()
 
 
-# ---- Triton, through the interpreter
-
-
-@pytest.mark.parametrize("mode", S.TILES)
-@pytest.mark.parametrize("tile,width,height", [(8, 29, 21), (16, 1, 18)])
-def test_kernels_equal_the_torch_backend(mode, tile, width, height):
-    model, camera = random_model(40, degree=3), small_camera(width, height)
-    model.opacity.data[::4] = 7.0
-    weight = torch.randn(height, width, 3, generator=torch.Generator().manual_seed(2))
-    found = {}
-    for backend in ("torch", "triton"):
-        for x in model.raw.values():
-            x.grad = None
-        r = S.render(model, camera, background=(0.2, 0.3, 0.4), tiles=mode, backend=backend, tile=tile)
-        (r.image * weight).sum().backward()
-        with torch.no_grad():  # the projection kernel too
-            again = S.render(model, camera, background=(0.2, 0.3, 0.4), tiles=mode, backend=backend, tile=tile)
-        torch.testing.assert_close(again.image, r.image.detach(), rtol=1e-4, atol=2e-5)
-        found[backend] = r, {k: x.grad for k, x in model.raw.items()}
-    (a, grads), (b, mine) = found["torch"], found["triton"]
-    assert a.pairs == b.pairs and torch.equal(a.n_tiles, b.n_tiles)
-    torch.testing.assert_close((b.image, b.final_T), (a.image, a.final_T), rtol=0, atol=2e-5)
-    for k, g in grads.items():
-        assert (mine[k] - g).abs().max() <= 1e-4 * g.abs().max(), k
-
-
-def test_kernel_scores_switches_and_empty_views():
-    model, camera = random_model(30), small_camera()
-    for channels in S.CHANNELS:
-        a, b = (
-            S.prune_scores(model, [camera], (0.1, 0.2, 0.3), channels, backend=x, tile=8) for x in ("torch", "triton")
-        )
-        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
-    s = S.project(model, camera)
-    grads = []
-    for atomics in (False, True):
-        leaves = [x.detach().requires_grad_() for x in (s.mean2d, s.conic, s.opacity, s.color)]
-        again = s._replace(**dict(zip(("mean2d", "conic", "opacity", "color"), leaves, strict=True)))
-        kernels.rasterize_triton(again, camera, 8, "accutile", atomics)[0].square().sum().backward()
-        grads.append([x.grad for x in leaves])
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-5)
-    g = torch.ones(4)
-    with torch.no_grad():
-        a, b = (kernels.score_triton(s, camera, 8, "pixel", g, atomics=x) for x in (False, True))
-    torch.testing.assert_close(a, b)
-    away = replace(camera, viewmat=torch.diag(torch.tensor([1.0, 1, -1, 1])) @ camera.viewmat)
-    r = S.render(model, away, backend="triton", background=(0.1, 0.2, 0.3))
-    r.image.sum().backward()
-    assert r.pairs == 0 and torch.equal(r.image, torch.tensor([0.1, 0.2, 0.3]).expand(21, 29, 3))
-    with pytest.raises(S.BadInput, match="tiles of 4, 8, 16 or 32"):
-        S.render(model, camera, backend="triton", tile=12)
-    with pytest.raises(ValueError, match="no_grad"):
-        kernels.project_triton(model, camera)
-
-
-def test_kernel_tiles_on_the_hand_made_cases():
-    z = vectors("tiles2d")
-    mean2d, conic, opacity = (T(z[k]) for k in ("mean2d", "conic", "opacity"))
-    order = torch.arange(0, len(mean2d), 5).tolist() + list(range(18))  # the first 18 rows are the hand-made ones
-    pick = torch.tensor(sorted(set(order)))
-    table = torch.cat([mean2d, conic, opacity[:, None], torch.zeros(len(mean2d), 3)], dim=1)[pick].contiguous()
-    n, tiles, width, height = len(pick), 13 * 9, int(z["width"]), int(z["height"])
-    ranks = torch.arange(n)
-    for mode in S.TILES:
-        lists = kernels.tile_lists_triton(table, ranks.float() + 1, ranks >= 0, width, height, 16, mode)
-        tile_id = torch.repeat_interleave(lists["starts"].diff())
-        mine = grid_mask(tile_id, lists["ids"], n, tiles)
-        want, brute = (unpack(z[f"tiles_{k}"], len(mean2d), tiles)[pick] for k in (KEY[mode], "brute"))
-        assert (mine != want).sum() <= 0.002 * want.sum()
-        assert mode == "vanilla" or not (brute & ~mine).any()
-
-
-@pytest.mark.gpu
-def test_kernels_on_a_gpu():
-    model, camera = random_model(2000, degree=3), S.scene_camera(3, 10, 200)
-    a = S.render(model, camera, backend="torch")
-    b = S.render(model.to("cuda"), camera, backend="triton")
-    torch.testing.assert_close(b.image.cpu(), a.image, rtol=0, atol=1 / 255)
-
-
 # ---- edge cases of the error table
 
 
@@ -442,12 +361,8 @@ def test_opacity_at_and_below_the_threshold():
 
 def test_too_many_pairs_are_refused(monkeypatch):
     monkeypatch.setattr(S, "MAX_PAIRS", 10)
-    monkeypatch.setattr(kernels, "MAX_PAIRS", 10)
-    for backend in ("torch", "triton"):
-        with pytest.raises(
-            S.BadInput, match=r"20 Gaussians make \d+ pairs with tiles, over 10; the largest touches \d+ tiles"
-        ):
-            S.render(random_model(20), small_camera(), backend=backend, tile=4)
+    with pytest.raises(S.BadInput, match=r"20 Gaussians make \d+ pairs with tiles, over 10; the largest touches \d+"):
+        S.render(random_model(20), small_camera(), backend="torch", tile=4)
 
 
 def test_unknown_choices_and_ratios():

@@ -1,11 +1,18 @@
-"""Triton kernels, one file per topic, each with a plain torch twin in a script."""
+"""Triton kernels, one file per topic. Each has its plain torch twin in a script."""
 
 import importlib.util
 import os
 
+from common.cli import BadInput
+
 
 def use_kernels(device) -> bool:
-    """True where these kernels run: on a GPU with Triton, or anywhere in its interpreter (TRITON_INTERPRET=1)."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    """True where the kernels run: Triton is installed, and the device is a GPU or the interpreter is on."""
+    interpreter = os.environ.get("TRITON_INTERPRET") == "1"
+    return importlib.util.find_spec("triton") is not None and (interpreter or str(device).startswith("cuda"))
+
+
+def need(ok: bool, message: str) -> None:
+    """BadInput unless ok: what a kernel cannot do is refused before its launch."""
+    if not ok:
+        raise BadInput(message)

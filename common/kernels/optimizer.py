@@ -6,7 +6,6 @@ there are no atomics. Learning rate, step counts, clip factor and the skip flag 
 The plain torch twin is SlimAdamW's own path in slimadam.py.
 """
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -201,16 +200,6 @@ if triton is not None:
                 tl.store(v_at + at, v, mask=inside)
                 inv = step / (tl.sqrt(v) * root + eps)
             _move(p_at + at, m_at + at, g, inv, inside, b1, one_b1, decay, key, base + at, P, M, ROUND)
-
-
-def available() -> bool:
-    """True when Triton is installed."""
-    return triton is not None
-
-
-def runs_on(device: torch.device) -> bool:
-    """True when the kernels run there: on a GPU, or anywhere under Triton's interpreter (TRITON_INTERPRET=1)."""
-    return available() and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 @dataclass
