@@ -58,8 +58,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import cli, cluster, report
 from common.cli import BadInput, opt
-from common.kernels import optimizer as kernels
-from common.kernels import use_kernels
+from common.kernels import optimizer as kernels, use_kernels
 from common.text import Tokenizer, corpus
 from common.weights import open_weights, rope_frequencies, rotate
 

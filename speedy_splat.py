@@ -57,8 +57,7 @@ from torch import Tensor, nn
 
 from common import cli, cluster, report
 from common.cli import BadInput, opt
-from common.kernels import splat as kernels
-from common.kernels import use_kernels
+from common.kernels import splat as kernels, use_kernels
 
 TILES = ("vanilla", "snugbox", "accutile", "pixel")
 CHANNELS = ("sum", "separate")

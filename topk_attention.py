@@ -56,8 +56,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from common import cli, cluster, report
 from common.cli import BadInput, opt
-from common.kernels import decode_attention as kernels
-from common.kernels import use_kernels
+from common.kernels import decode_attention as kernels, use_kernels
 from common.text import corpus
 from common.weights import open_weights, package, rope_frequencies, rotate
 
