@@ -288,8 +288,12 @@ def test_the_job_file_of_the_cluster_page_survives_the_time_limit(tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     training = "goldfish.py train --preset 1b --accum 16 --data corpus.npy"
-    for old, new in ((training, f"{ROOT}/tests/tiny.py train --steps 120 --pause 0.05"), (":29500", f":{port}"),
-                     ("--nproc-per-node 8", "--nproc-per-node 2"), ("out=results/run1", f"out={tmp_path}/run")):  # fmt: skip
+    for old, new in (
+        (training, f"{ROOT}/tests/tiny.py train --steps 120 --pause 0.05"),
+        ("--nproc-per-node 8", "--nproc-per-node 2"),
+        (":29500", f":{port}"),
+        ("out=results/run1", f"out={tmp_path}/run"),
+    ):
         assert old in job, f"docs/cluster.md no longer says {old}"
         job = job.replace(old, new)
     (tmp_path / "job.sbatch").write_text(job)

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 from ranks import ROOT, finish, kill, run_script
-
-from common import claims
+from test_house import SCRIPTS
 
 # A small `train` of each script: long enough to be killed in its middle, with several checkpoints on the way.
 TRAIN = {
@@ -39,7 +38,6 @@ DEMO = {
 }
 FOLDER = {"abacus": "seed0"}  # where train writes below --out
 FAR = {"topk_attention": "--steps 100000 4"}  # a run that only a signal ends
-SCRIPTS = claims.scripts()
 
 
 def start(name: str, *argv: str) -> subprocess.Popen:

@@ -1,0 +1,55 @@
+"""Draw the diagram of a method for its page: python docs/figures.py goldfish writes docs/goldfish_method.png.
+
+One function per script. It gets an empty axis, and draws what the method's few lines do.
+"""
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def box(axis, x: float, y: float, text: str, color: str = "white", width: float = 1.0) -> None:
+    """A box of height 0.8 with its lower left corner at (x, y)."""
+    axis.add_patch(plt.Rectangle((x, y), width, 0.8, facecolor=color, edgecolor="0.4"))
+    axis.text(x + width / 2, y + 0.4, text, ha="center", va="center")
+
+
+def goldfish(axis) -> None:
+    """A row of targets: the product of the last h tokens is looked up in a table, and decides which have a loss."""
+    words = "the goldfish forgets what it has read and so it".split()
+    dropped = {5, 9}
+    for i, word in enumerate(words):
+        box(axis, 1.25 * i, 3, word, "0.85" if i in dropped else "white", 1.2)
+        box(axis, 1.25 * i, 0, "no loss" if i in dropped else "loss", "0.85" if i in dropped else "#bfe3bf", 1.2)
+    axis.text(-0.2, 3.4, "targets", ha="right", va="center")
+    axis.text(-0.2, 0.4, "G", ha="right", va="center", style="italic")
+    left, right = 1.25 * 2, 1.25 * 5 + 1.2
+    axis.annotate("", (right, 2.85), (left, 2.85), arrowprops={"arrowstyle": "-", "lw": 3, "color": "tab:orange"})
+    axis.text((left + right) / 2, 2.45, "h tokens (here 4): their product", ha="center", color="tab:orange")
+    axis.annotate("", (5 * 1.25 + 0.6, 0.85), (5 * 1.25 + 0.6, 1.35), arrowprops={"arrowstyle": "->"})
+    box(axis, 3.6, 1.4, "table[product mod 1 000 003] < 1/k ?", "#fff2cc", 5.4)
+    axis.annotate("", (5 * 1.25 + 0.6, 2.2), (5 * 1.25 + 0.6, 2.4), arrowprops={"arrowstyle": "-"})
+    axis.set(xlim=(-1.2, 12.6), ylim=(-0.2, 4.0))
+
+
+DRAW = {f.__name__: f for f in (goldfish,)}
+
+
+def main(names: list[str]) -> None:
+    for name in names or DRAW:
+        if name not in DRAW:
+            raise SystemExit(f"no diagram of {name}; there are {', '.join(DRAW)}")
+        figure, axis = plt.subplots(figsize=(9, 3))
+        axis.axis("off")
+        DRAW[name](axis)
+        path = Path(__file__).parent / f"{name}_method.png"
+        figure.savefig(path, dpi=110, bbox_inches="tight")
+        print(f"picture: {path.name}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
