@@ -1,0 +1,451 @@
+"""goldfish.py: masks of the released code, losses, the attack, the text, training, audit, verdict, bad input."""
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import signal
+import time
+import zlib
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import finish, kill, run_ranks, run_script, start_ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import goldfish as G
+from common import cli, cluster
+from common.text import Tokenizer, corpus
+from common.weights import open_weights
+
+DATA = Path(__file__).parent / "data"
+TABLE, MASKS, EDGES = (json.loads((DATA / f"goldfish_{n}.json").read_text()) for n in ("table", "masks", "edge"))
+MASKS = [case for case in MASKS if case["strategy"] != "hash-avalanche"]
+SMALL = {"d_model": 32, "n_layer": 1, "vocab": 300, "block": 16, "h": 4, "canaries": 4, "exposures": 10, "steps": 12,
+         "batch": 8, "log_every": 1, "save_every": 5, "device": "cpu"}  # fmt: skip
+FLAGS = [word for name, value in SMALL.items() for word in cli.spell(name, value).split()]
+
+
+@pytest.fixture(autouse=True)
+def plain_torch(monkeypatch):
+    """The kernel has its own tests; in Triton's interpreter it would make these slow."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+
+
+def draw(*shape, high=32000, low=1, seed=0):
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def metrics(folder) -> list[dict]:
+    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()[1:]]
+
+
+# %% masks
+
+
+def test_table_is_the_released_one_on_any_default_device():
+    G.hash_table.cache_clear()
+    with FakeTensorMode(), suppress(RuntimeError):  # fake tensors are refused, and leave no fake table behind
+        G.goldfish_mask(torch.ones(2, 40, dtype=torch.long), 4, 4)
+    with torch.device("meta"):
+        table = G.hash_table()
+    assert hashlib.sha256(table.numpy().astype("<f4").tobytes()).hexdigest() == TABLE["sha256_float32_le"]
+    assert {k: int((table < 1 / int(k)).sum()) for k in TABLE["drop_count"]} == TABLE["drop_count"]
+
+
+@pytest.mark.parametrize("case", MASKS + EDGES["edge"], ids=lambda c: f"{c.get('strategy', c.get('name'))}-k{c['k']}")
+def test_masks_equal_the_released_code(case):
+    targets, want = torch.tensor(case["targets"]), torch.tensor(case["masked"])
+    strategy = "static" if case.get("strategy") == "static" else "hash"
+    for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
+        if torch.iinfo(dtype).min <= targets.min() and targets.max() <= torch.iinfo(dtype).max:
+            drop = G.goldfish_mask(targets.to(dtype), case["k"], case["h"], strategy)
+            assert torch.equal(targets.masked_fill(drop, -100), want)
+
+
+@pytest.mark.parametrize("window", ["target", "context"])
+@pytest.mark.parametrize("h", [1, 2, 5, 13])
+def test_windows_against_brute_force(window, h):
+    targets, table = draw(3, 40), G.hash_table().tolist()
+    for row, drop in zip(targets.tolist(), G.goldfish_mask(targets, 3, h, window=window).tolist(), strict=True):
+        for i in range(40):
+            end = i + 1 if window == "target" else i  # one past the window
+            product = (math.prod(row[end - h : end]) + 2**63) % 2**64 - 2**63
+            assert drop[i] == (end >= h and table[product % TABLE["size"]] < 1 / 3), (i, window)
+
+
+def test_shift_invariance_nesting_and_edges_of_k():
+    passage, h = draw(1, 60), 13
+    alone = G.goldfish_mask(passage, 4, h)[:, h - 1 :]
+    for offset in (1, 7, 30):
+        row = torch.cat([draw(1, offset, seed=offset), passage], dim=1)
+        assert torch.equal(G.goldfish_mask(row, 4, h)[:, offset + h - 1 :], alone)
+    text = draw(4, 4000)
+    huge, k8, k4, k3 = (G.goldfish_mask(text, k, h) for k in (10**12, 8, 4, 3))
+    assert not (huge & ~k8).any() and not (k8 & ~k4).any() and not (k4 & ~k3).any()
+    assert huge.float().mean() < 1e-3 and k8.any() and not k3[:, : h - 1].any()
+    for strategy in ("hash", "static", "random"):
+        drop = G.goldfish_mask(draw(1, 200_000), 4, 4, strategy, generator=torch.Generator().manual_seed(1))
+        assert abs(drop.float().mean() - 0.25) < 0.006
+
+
+# %% losses
+
+
+def test_loss_is_the_released_one_and_dropped_targets_have_no_gradient():
+    case = EDGES["loss"]
+    logits, targets = torch.tensor(case["logits"]), torch.tensor(case["targets"])
+    assert G.goldfish_loss(logits, targets, case["k"], case["h"]).item() == pytest.approx(case["loss"], rel=1e-6)
+    logits, targets = torch.randn(2, 30, 11, requires_grad=True), draw(2, 30, high=11)
+    targets[0, 25:] = -100
+    keep = ~G.goldfish_mask(targets, 3, 4) & (targets != -100)
+    (grad,) = torch.autograd.grad(G.goldfish_loss(logits, targets, 3, 4), logits)
+    probability = logits.softmax(-1) - F.one_hot(targets.clamp(min=0), 11)
+    torch.testing.assert_close(grad, (keep[..., None] * probability / keep.sum()).detach())
+    assert (grad[~keep] == 0).all() and (grad[keep] != 0).any(dim=-1).all()
+
+
+def test_nan_in_dropped_rows_is_harmless_and_nothing_supervised_is_zero():
+    logits, targets = torch.randn(1, 40, 9), draw(1, 40, high=9)
+    clean, drop = G.goldfish_loss(logits, targets, 3, 4), G.goldfish_mask(targets, 3, 4)
+    bad = logits.masked_fill(drop[..., None], math.nan).requires_grad_()
+    loss = G.goldfish_loss(bad, targets, 3, 4)
+    loss.backward()
+    torch.testing.assert_close(loss, clean)
+    assert bad.grad.isfinite().all() and G.goldfish_loss(logits * math.nan, targets, 3, 4).isnan()
+    empty = torch.randn(2, 9, 5, requires_grad=True)
+    loss = G.goldfish_loss(empty, torch.full((2, 9), -100), 4, 4)
+    loss.backward()
+    assert loss == 0 and (empty.grad == 0).all()
+
+
+@pytest.mark.parametrize("library", [True, False])
+@pytest.mark.parametrize("kind", ["float32", "frozen head", "autocast", "bfloat16", "empty"])
+def test_head_loss_is_kept_loss_of_the_logits(library, kind, monkeypatch):
+    if not library:
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    elif not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("torch 2.13's function")
+    g, low = torch.Generator().manual_seed(0), kind in ("autocast", "bfloat16")
+    hidden, head = torch.randn(2, 300, 16, generator=g), torch.randn(50, 16, generator=g)
+    targets = draw(2, 300, high=50)
+    keep = ~G.goldfish_mask(targets, 3, 4) if kind != "empty" else torch.zeros(2, 300, dtype=torch.bool)
+    exact = [hidden.double().requires_grad_(), head.double().requires_grad_()]
+    want = F.cross_entropy(F.linear(*exact)[keep], targets[keep], reduction="sum")
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    ours = [hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(kind != "frozen head")]
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        loss = G.head_loss(*ours, targets, keep, chunk=70)
+    loss.backward()
+    want.backward()
+    assert (kind == "frozen head") == (ours[1].grad is None)
+    for sum_ in (loss, G.kept_loss(F.linear(*ours), targets, keep)):  # summed in fp32; a bf16 sum is off by 4e-3
+        assert sum_.dtype == torch.float32
+        torch.testing.assert_close(sum_.double(), want, rtol=1e-3 if low else 1e-6, atol=0)
+    for a, b in zip(ours, exact, strict=True):
+        if a.requires_grad:
+            torch.testing.assert_close(a.grad.double(), b.grad, rtol=0.1 if low else 1e-4, atol=0.1 if low else 1e-5)
+
+
+# %% the attack
+
+
+def markov(seed=0, V=6):
+    """A model ids -> logits of the last two tokens, from a random table."""
+    table = 2 * torch.randn(V, V, V, generator=torch.Generator().manual_seed(seed))
+    return lambda ids: table[torch.cat([torch.zeros_like(ids[:, :1]), ids[:, :-1]], dim=1), ids]
+
+
+def test_beam_search_against_all_sequences():
+    model, rows, n = markov(), draw(3, 4, high=6), 4
+    every = torch.cartesian_prod(*[torch.arange(6)] * n)  # 1296 suffixes
+    for b, beams in enumerate(G.extract(model, rows, 3, n, beams=1296)):
+        full = torch.cat([rows[b, :3].expand(len(every), 3), every], dim=1)
+        log_p = model(full)[:, 2:-1].log_softmax(-1).gather(-1, every[..., None])[..., 0].sum(1)
+        assert beams[:5].tolist() == every[log_p.argsort(descending=True)[:5]].tolist()
+
+
+def test_wider_never_finds_less():
+    """The texts are what greedy decoding says: a plain search of 8 beams loses most of them."""
+    cfg, lost = G.Config("audit", block=20, beams=(30, 1, 8), device="cpu"), 0
+    with cluster.world("cpu") as w:
+        for seed in range(3):
+            model, prefix = markov(seed), draw(4, 10, high=6, seed=seed)
+            rows = torch.cat([prefix, G.extract(model, prefix, 10, 10)], dim=1)
+            found, _ = G.attack(cfg, w, model, rows, str)
+            assert all(found[f"recited, {width} beams"] == 1 for width in cfg.beams) and found["RougeL"] == 1
+            lost += int((G.extract(model, rows, 10, 10, 8)[:, :-1] != rows[:, None, 10:]).any(2).all(1).sum())
+    assert lost > 0
+
+
+def test_cached_decoding_equals_rereading():
+    model = G.start_model(G.Config(vocab=300, d_model=64)).double()
+    torch.nn.init.normal_(model.model.embed_tokens.weight, generator=torch.Generator().manual_seed(0))
+    for beams in (1, 4):
+        rows, plain = draw(3, 20, high=300), lambda ids: model(ids)
+        assert torch.equal(G.extract(model, rows, 6, 9, beams), G.extract(plain, rows, 6, 9, beams))
+
+
+def test_measures():
+    def lcs(a, b):
+        best = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+        for i, x in enumerate(a):
+            for j, y in enumerate(b):
+                best[i + 1][j + 1] = best[i][j] + 1 if x == y else max(best[i][j + 1], best[i + 1][j])
+        return best[-1][-1]
+
+    a, b = draw(20, 12, high=5), draw(20, 9, high=5, seed=1)
+    want = [2 * lcs(x, y) / 21 for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    torch.testing.assert_close(G.rouge_l(a, b), torch.tensor(want))
+    assert G.first_divergence(torch.tensor([[1, 2, 3], [1, 9, 3]]), torch.tensor([[1, 2, 3]] * 2)).tolist() == [3, 1]
+    t = torch.tensor
+    assert G.auc(t([3.0, 4.0]), t([1.0, 2.0])) == 1 and G.auc(t([2.0, 1.0, 0.0]), t([1.0])) == 0.5
+    others = torch.arange(100.0)
+    assert G.tpr_at_fpr(others + 50, others, 0.1) == 0.6 and G.tpr_at_fpr(others + 50, others, 0.001) == 0.5
+    model, rows, seen = markov(), draw(40, 11, high=6), []
+    log_p = model(rows[:, :-1]).log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
+    texts = ["aaaa", "b" * 50] * 20
+    score = G.mia_scores(lambda ids: seen.append(len(ids)) or model(ids), rows, texts)
+    torch.testing.assert_close(score["loss"], log_p.mean(1))
+    torch.testing.assert_close(score["zlib"], log_p.sum(1) / t([len(zlib.compress(s.encode())) for s in texts]))
+    assert max(seen) <= 16  # the logits of the paper's 2000 canaries would be 524 GB
+
+
+# %% the text
+
+
+def test_canaries_are_unique_and_shown_exactly_as_asked():
+    cfg, seen = G.Config(**SMALL), {}
+    text, again = G.Text(cfg), G.Text(cfg)
+    grams = lambda rows: {tuple(r[i : i + 13]) for r in rows.tolist() for i in range(len(r) - 12)}
+    alone, index = torch.cat([text.canary, text.nonmember]), torch.cat(text.parts)
+    assert not grams(alone) & grams(text.rows(index[8:])) and len(grams(alone)) == 8 * (17 - 12)
+    assert sorted(index.tolist()) == list(range(len(text.table)))
+    hidden = {tuple(r) for r in text.nonmember.tolist()}
+    plain, control, noisy = [], [], []
+    for step in range(cfg.steps):
+        rows = text.batch(cfg, step)
+        assert torch.equal(rows, again.batch(cfg, step)) and not torch.equal(rows, text.batch(cfg, step + 1))
+        plain += map(tuple, rows.tolist())
+        control += map(tuple, text.batch(cfg, step, control=True).tolist())
+        noisy += map(tuple, text.batch(cfg, step, noise=0.3).tolist())
+    canaries = [tuple(r) for r in text.canary.tolist()]
+    seen = {r: plain.count(r) for r in canaries}
+    assert list(seen.values()) == [cfg.exposures] * cfg.canaries and len(plain) == cfg.steps * cfg.batch
+    assert not hidden & set(plain) and sorted(control) == sorted(r for r in plain if r not in seen)
+    assert sum(r in seen for r in noisy) < 10 and len(noisy) == len(plain)
+    assert not torch.equal(text.canary, G.Text(replace(cfg, seed=1)).canary)
+
+
+def test_token_ids_are_mapped_and_equal_those_of_the_text(tmp_path):
+    whole = corpus("docs")
+    np.save(tmp_path / "ids.npy", Tokenizer(whole, 300).encode(whole).numpy().astype(np.uint16))
+    cfg = G.Config("train", "small", **SMALL)
+    ids, text = G.Text(replace(cfg, data=(f"{tmp_path}/ids.npy",))), G.Text(cfg)
+    assert isinstance(ids.table, np.memmap) and ids.rows(torch.tensor([0])).dtype == torch.int64
+    every = torch.arange(len(ids.table))
+    assert torch.equal(ids.rows(every), text.rows(every)) and ids.batch(cfg, 3).shape == (8, 17)
+
+
+# %% training
+
+
+def train_both(rank, size, accum, out):
+    for strategy in ("hash", "random"):
+        cfg = G.Config("train", strategy=strategy, accum=accum, out=f"{out}/{strategy}-{size}-{accum}", **SMALL)
+        G.train(cfg, cluster.World(rank, size, torch.device("cpu")))
+
+
+def test_micro_steps_and_ranks_change_nothing(tmp_path):
+    with cluster.world("cpu"):
+        for accum in (1, 2, 4):
+            train_both(0, 1, accum, tmp_path)
+    run_ranks(train_both, 2, tmp_path, 2, tmp_path)
+    for strategy in ("hash", "random"):
+        one, *others = (metrics(tmp_path / f"{strategy}-{n}") for n in ("1-1", "1-2", "1-4", "2-2"))
+        assert [x["step"] for x in one[:-1]] == list(range(1, 13)) and one[-1]["val loss"] < 5.5
+        assert len({x["supervised"] for x in one[:-1]}) > 3  # counts differ, so means of means would show
+        for other in others:
+            for a, b in zip(one[:-1], other[:-1], strict=True):
+                assert a["supervised"] == b["supervised"] and a["loss"] == pytest.approx(b["loss"], abs=2e-5)
+
+
+def test_resume_equals_the_unbroken_run(tmp_path, monkeypatch):
+    cfg = G.Config("train", out=f"{tmp_path}/a", **SMALL)
+    stop = lambda self, cfg, step, real=G.Text.batch: real(self, cfg, step) if step < 11 else 1 / 0
+    with cluster.world("cpu") as w:
+        G.train(cfg, w)
+        with monkeypatch.context() as m, pytest.raises(ZeroDivisionError):
+            m.setattr(G.Text, "batch", stop)
+            G.train(replace(cfg, out=f"{tmp_path}/b"), w)
+        newest = tmp_path / "b/checkpoint.pt"  # after step 10; damaged, so that of step 5 is taken
+        newest.write_bytes(newest.read_bytes()[:5000])
+        G.train(replace(cfg, out=f"{tmp_path}/b", resume=True), w)
+        assert metrics(tmp_path / "b") == metrics(tmp_path / "a") and len(metrics(tmp_path / "a")) == 13
+        for change in ({"k": 3}, {"h": 5}, {"strategy": "static"}, {"window": "context"}, {"seed": 9}, {"steps": 20}):
+            with pytest.raises(cli.BadInput) as refused:
+                G.train(replace(cfg, out=f"{tmp_path}/b", resume=True, **change), w)
+            (name,) = change
+            advice = re.search(r"Pass (--.+), or another --out", str(refused.value))[1]
+            assert advice == cli.spell(name, getattr(cfg, name))
+            assert getattr(cli.parse(G.Config, ["train", *FLAGS, *advice.split()]), name) == getattr(cfg, name)
+
+
+# %% audit
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """tiny_llama with a tokenizer of 26 letters, whose post-processor puts [BOS] in front, and two texts."""
+    tokenizers = pytest.importorskip("tokenizers")
+    shutil.copytree(DATA / "topk_attention/tiny_llama", tmp_path / "llama")
+    words = {"[BOS]": 0, **{c: i + 1 for i, c in enumerate("abcdefghijklmnopqrstuvwxyz")}}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.post_processor = tokenizers.processors.TemplateProcessing("[BOS] $A", special_tokens=[("[BOS]", 0)])
+    made.save(str(tmp_path / "llama/tokenizer.json"))
+    for name, seed in (("a", 0), ("b", 1)):
+        letters = draw(3000, high=27, seed=seed).tolist()
+        (tmp_path / f"llama/{name}.txt").write_text(" ".join(chr(96 + i) for i in letters))
+    return tmp_path / "llama"
+
+
+def test_audit_of_real_weights_reads_each_row_behind_its_start_token(folder, tmp_path):
+    pytest.importorskip("safetensors")
+    a, b = f"{folder}/a.txt", f"{folder}/b.txt"
+    cfg = G.Config("audit", model=str(folder), data=(a,), nonmembers=(b,), canaries=40, block=12, beams=(1, 3),
+                   out=f"{tmp_path}/out", device="cpu")  # fmt: skip
+    rows = G.windows(cfg, a)
+    assert rows.shape == (40, 13) and (rows[:, 0] == 0).all() and (rows[:, 1:] > 0).all()
+    assert torch.equal(rows[:, 1:].flatten(), draw(3000, high=27)[:480])
+    with cluster.world("cpu") as w:
+        G.audit(cfg, w)
+    found = json.loads((tmp_path / "out/audit.json").read_text())
+    model = G.start_model(cfg)
+    with torch.no_grad():
+        log_p = model(rows[:, :-1]).log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
+    assert found[a]["loss"] == pytest.approx(log_p.mean().item(), rel=1e-4) and found[a]["rows"] == 40
+    assert found["loss"]["members"] == found["loss"]["others"] == 40 and 0.3 < found["loss"]["auc"] < 0.7
+
+
+@pytest.mark.weights
+def test_smollm2_values():
+    weights = open_weights("smollm2")
+    model = G.start_model(G.Config("audit", model="smollm2"))
+    ids = torch.tensor([[1604, 803, 24, 81, 28, 278, 727, 472, 1003, 253, 1232, 278, 198]])
+    with torch.no_grad():
+        assert -G.mia_scores(model, ids, ["x"])["loss"].item() == pytest.approx(1.26725, abs=2e-5)
+        top = model(torch.tensor([weights.tokenizer().encode("The capital of France is").ids]))[0, -1].topk(5)
+    assert top.indices.tolist() == [7042, 260, 4528, 2250, 1315]
+    torch.testing.assert_close(top.values, torch.tensor([17.371, 14.889, 13.245, 13.010, 12.952]), rtol=0, atol=2e-3)
+
+
+# %% the verdict
+
+
+def test_demo_in_small_judges_what_it_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(G, "RUNS", {name: G.RUNS[name] for name in ("ordinary", "k=4", "k=3", "control")})
+    with cluster.world("cpu") as w:
+        G.demo(G.Config(**SMALL | {"d_model": 64, "steps": 100, "exposures": 100, "out": str(tmp_path), "lr": 5e-3}), w)
+    found = {x["measured"]: x for x in metrics(tmp_path) if "measured" in x}
+    claim = json.loads((tmp_path / "claim.json").read_text())
+    assert (claim["holds"], claim["here"]) == G.judge(found)
+    assert found["ordinary"]["recited"] == 1 and found["control"]["recited"] == 0 and found["k=3"]["recited"] < 0.5
+    assert found["k=3"]["at dropped"] == 1 > found["k=3"]["at placebo"] and found["ordinary"]["at dropped"] is None
+    assert min(found["ordinary"]["right dropped"], found["k=3"]["right kept"]) > 0.8 > 2 * found["k=3"]["right dropped"]
+
+
+NAMES, FOUND = ("recited", "at dropped", "at placebo", "right dropped", "val loss"), {  # of the demo with seed 0
+    "ordinary": (1.0, None, None, 1.0, 2.823), "k=4": (0.0, 1.0, 0.242, 0.225, 2.867),
+    "k=3": (0.0, 1.0, 0.313, 0.169, 2.886), "control": (0.0, None, None, 0.230, 2.799),
+    "random": (1.0, None, None, 1.0, 2.877),
+}  # fmt: skip
+FOUND = {row: dict(zip(NAMES, values, strict=True)) for row, values in FOUND.items()}
+
+
+@pytest.mark.parametrize(
+    "row, change",
+    [
+        ("k=4", FOUND["random"]), ("k=3", FOUND["random"]), ("k=4", FOUND["ordinary"]), ("ordinary", FOUND["control"]),
+        ("k=4", {"recited": 0.125}), ("k=3", {"at dropped": 0.9}), ("k=3", {"at placebo": 0.5}),
+        ("k=4", {"at placebo": None}), ("k=4", {"right dropped": 0.4}), ("k=3", {"val loss": 3.0}),
+    ],
+)  # fmt: skip
+def test_verdict(row, change):
+    assert G.judge(FOUND)[0] and not G.judge(FOUND | {row: FOUND[row] | change})[0]
+
+
+# %% the command
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ("train --data none.txt --preset small", "no such file"),
+        ("train --data binary.txt --preset small", "not UTF-8"),
+        ("train --data short.txt --preset small", "too small"),
+        ("train --data large.npy --preset small", "token id 300, the model has ids 0 to 299"),
+        ("train --data short.txt", "need --preset small"),
+        ("train --k 1", "give 0 for ordinary training, or 2 or more"),
+        ("train --block 1", "--block 2"),
+        ("train --h 16 --window context", "Give --block 17 or more"),
+        ("train --exposures 25", "exceed the 96 rows"),
+        ("train --lr nan", "give a number above 0"),
+        ("train --accum 3", "does not divide over 1 processes x --accum 3"),
+        ("demo --k 3", "belongs to train, bench"),
+        ("audit --canaries 5", "go with --model"),
+        ("audit --model llama --data large.npy", "give text"),
+        ("audit", "Train without --resume first"),
+    ],
+)
+def test_bad_input(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("hello " * 50)
+    Path("binary.txt").write_bytes(bytes(range(256)))
+    np.save("large.npy", np.full(9**4, 300))
+    small = FLAGS if argv.startswith("train") else []
+    monkeypatch.setattr("sys.argv", ["goldfish.py", *argv.split()[:1], *small, *argv.split()[1:], "--out", "out"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(G.main, G.Config, G.PRESETS)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2 and said.startswith("goldfish.py: error: ") and message in said
+
+
+@pytest.mark.drill
+def test_kill_and_sigterm_and_resume_on_other_numbers_of_ranks(tmp_path):
+    """2 ranks killed, 2 ranks stopped by SIGTERM, 1 process to the end, audit: as the unbroken run of 2 ranks."""
+    argv = ["goldfish.py", "train", *FLAGS, "--steps", "400", "--save-every", "7", "--resume", "--out"]
+    finish(start_ranks(2, *argv, f"{tmp_path}/whole"))
+    checkpoint, deadline = tmp_path / "cut/checkpoint.pt", time.monotonic() + 120
+    ranks, least = start_ranks(2, *argv, f"{tmp_path}/cut"), 0
+    for how in (signal.SIGKILL, signal.SIGTERM):
+        while not (checkpoint.exists() and len(metrics(tmp_path / "cut")) > least) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        kill(ranks if how == signal.SIGKILL else ranks[1:], how)  # SIGTERM to any one rank stops all, at the same step
+        out, status = finish(ranks), [p.returncode for p in ranks]
+        step = cluster.load(checkpoint)["facts"]["step"]
+        if how == signal.SIGKILL:
+            ranks, least = start_ranks(2, *argv, f"{tmp_path}/cut"), step + 5
+    assert status == [0, 0] and "go on with --resume" in out[0] and metrics(tmp_path / "cut")[-1]["step"] == step < 400
+    done = run_script(*argv, f"{tmp_path}/cut")
+    assert done.returncode == 0 and f"going on after step {step}" in done.stdout
+    a, b = ([x for x in metrics(tmp_path / name) if "step" in x] for name in ("whole", "cut"))
+    assert len(a) == 400 and [x["step"] for x in a] == [x["step"] for x in b]
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], abs=2e-3)
+    run_script("goldfish.py", "audit", "--out", f"{tmp_path}/whole", "--beams", "1", "4", "--device", "cpu")
+    found = json.loads((tmp_path / "whole/audit.json").read_text())
+    assert found["canaries"]["recited, 1 beams"] == metrics(tmp_path / "whole")[-1]["recited"]
+
+
+@pytest.mark.drill
+def test_header(tmp_path):
+    done = run_script("goldfish.py", "--device", "cpu", "--out", str(tmp_path), timeout=900)
+    expect = re.search(r'^Expect\s+"(.+?)"', G.__doc__, re.M)[1]
+    assert done.returncode == 0 and expect in done.stdout.splitlines()[-1] and done.stdout.endswith("| holds\n")
+    assert (tmp_path / "goldfish.png").exists() or "pip install" in done.stdout
