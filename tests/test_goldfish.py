@@ -46,9 +46,6 @@ def metrics(folder) -> list[dict]:
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()[1:]]
 
 
-# %% masks
-
-
 def test_table_is_the_released_one_on_any_default_device():
     G.hash_table.cache_clear()
     with FakeTensorMode(), suppress(RuntimeError):  # fake tensors are refused, and leave no fake table behind
@@ -61,12 +58,11 @@ def test_table_is_the_released_one_on_any_default_device():
 
 @pytest.mark.parametrize("case", MASKS + EDGES["edge"], ids=lambda c: f"{c.get('strategy', c.get('name'))}-k{c['k']}")
 def test_masks_equal_the_released_code(case):
-    targets, want = torch.tensor(case["targets"]), torch.tensor(case["masked"])
-    strategy = "static" if case.get("strategy") == "static" else "hash"
+    targets, strategy = torch.tensor(case["targets"]), "static" if case.get("strategy") == "static" else "hash"
     for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
         if torch.iinfo(dtype).min <= targets.min() and targets.max() <= torch.iinfo(dtype).max:
             drop = G.goldfish_mask(targets.to(dtype), case["k"], case["h"], strategy)
-            assert torch.equal(targets.masked_fill(drop, -100), want)
+            assert targets.masked_fill(drop, -100).tolist() == case["masked"]
 
 
 @pytest.mark.parametrize("window", ["target", "context"])
@@ -93,9 +89,6 @@ def test_shift_invariance_nesting_and_edges_of_k():
     for strategy in ("hash", "static", "random"):
         drop = G.goldfish_mask(draw(1, 200_000), 4, 4, strategy, generator=torch.Generator().manual_seed(1))
         assert abs(drop.float().mean() - 0.25) < 0.006
-
-
-# %% losses
 
 
 def test_loss_is_the_released_one_and_dropped_targets_have_no_gradient():
@@ -153,9 +146,6 @@ def test_head_loss_is_kept_loss_of_the_logits(library, kind, monkeypatch):
             torch.testing.assert_close(a.grad.double(), b.grad, rtol=0.1 if low else 1e-4, atol=0.1 if low else 1e-5)
 
 
-# %% the attack
-
-
 def markov(seed=0, V=6):
     """A model ids -> logits of the last two tokens, from a random table."""
     table = 2 * torch.randn(V, V, V, generator=torch.Generator().manual_seed(seed))
@@ -193,67 +183,47 @@ def test_cached_decoding_equals_rereading():
 
 
 def test_measures():
-    def lcs(a, b):
-        best = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
-        for i, x in enumerate(a):
-            for j, y in enumerate(b):
-                best[i + 1][j + 1] = best[i][j] + 1 if x == y else max(best[i][j + 1], best[i + 1][j])
-        return best[-1][-1]
-
-    a, b = draw(20, 12, high=5), draw(20, 9, high=5, seed=1)
-    want = [2 * lcs(x, y) / 21 for x, y in zip(a.tolist(), b.tolist(), strict=True)]
-    torch.testing.assert_close(G.rouge_l(a, b), torch.tensor(want))
-    assert G.first_divergence(torch.tensor([[1, 2, 3], [1, 9, 3]]), torch.tensor([[1, 2, 3]] * 2)).tolist() == [3, 1]
-    t = torch.tensor
+    t, a, b = torch.tensor, draw(20, 12, high=5), draw(20, 9, high=5, seed=1)
+    for x, y, got in zip(a.tolist(), b.tolist(), G.rouge_l(a, b).tolist(), strict=True):
+        best = [[0] * 10 for _ in range(13)]  # the longest common subsequence of every two beginnings
+        for i in range(12):
+            for j in range(9):
+                best[i + 1][j + 1] = best[i][j] + 1 if x[i] == y[j] else max(best[i][j + 1], best[i + 1][j])
+        assert got == pytest.approx(2 * best[-1][-1] / 21)
+    assert G.first_divergence(t([[1, 2, 3], [1, 9, 3]]), t([[1, 2, 3]] * 2)).tolist() == [3, 1]
     assert G.auc(t([3.0, 4.0]), t([1.0, 2.0])) == 1 and G.auc(t([2.0, 1.0, 0.0]), t([1.0])) == 0.5
     others = torch.arange(100.0)
     assert G.tpr_at_fpr(others + 50, others, 0.1) == 0.6 and G.tpr_at_fpr(others + 50, others, 0.001) == 0.5
-    model, rows, seen = markov(), draw(40, 11, high=6), []
+    model, rows, seen, texts = markov(), draw(40, 11, high=6), [], ["aaaa", "b" * 50] * 20
     log_p = model(rows[:, :-1]).log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
-    texts = ["aaaa", "b" * 50] * 20
     score = G.mia_scores(lambda ids: seen.append(len(ids)) or model(ids), rows, texts)
     torch.testing.assert_close(score["loss"], log_p.mean(1))
     torch.testing.assert_close(score["zlib"], log_p.sum(1) / t([len(zlib.compress(s.encode())) for s in texts]))
     assert max(seen) <= 16  # the logits of the paper's 2000 canaries would be 524 GB
 
 
-# %% the text
-
-
-def test_canaries_are_unique_and_shown_exactly_as_asked():
-    cfg, seen = G.Config(**SMALL), {}
+def test_canaries_are_unique_and_shown_exactly_as_asked_and_ids_equal_text(tmp_path):
+    cfg = G.Config(**SMALL)
     text, again = G.Text(cfg), G.Text(cfg)
     grams = lambda rows: {tuple(r[i : i + 13]) for r in rows.tolist() for i in range(len(r) - 12)}
     alone, index = torch.cat([text.canary, text.nonmember]), torch.cat(text.parts)
     assert not grams(alone) & grams(text.rows(index[8:])) and len(grams(alone)) == 8 * (17 - 12)
     assert sorted(index.tolist()) == list(range(len(text.table)))
-    hidden = {tuple(r) for r in text.nonmember.tolist()}
     plain, control, noisy = [], [], []
     for step in range(cfg.steps):
-        rows = text.batch(cfg, step)
-        assert torch.equal(rows, again.batch(cfg, step)) and not torch.equal(rows, text.batch(cfg, step + 1))
-        plain += map(tuple, rows.tolist())
-        control += map(tuple, text.batch(cfg, step, control=True).tolist())
-        noisy += map(tuple, text.batch(cfg, step, noise=0.3).tolist())
-    canaries = [tuple(r) for r in text.canary.tolist()]
-    seen = {r: plain.count(r) for r in canaries}
-    assert list(seen.values()) == [cfg.exposures] * cfg.canaries and len(plain) == cfg.steps * cfg.batch
-    assert not hidden & set(plain) and sorted(control) == sorted(r for r in plain if r not in seen)
-    assert sum(r in seen for r in noisy) < 10 and len(noisy) == len(plain)
+        assert torch.equal(text.batch(cfg, step), again.batch(cfg, step))
+        for seen, how in ((plain, {}), (control, {"control": True}), (noisy, {"noise": 0.3})):
+            seen += map(tuple, text.batch(cfg, step, **how).tolist())
+    canaries, hidden = ([tuple(r) for r in rows.tolist()] for rows in (text.canary, text.nonmember))
+    assert [plain.count(r) for r in canaries] == [cfg.exposures] * cfg.canaries and not set(hidden) & set(plain)
+    assert len(plain) == len(noisy) == cfg.steps * cfg.batch and sum(r in canaries for r in noisy) < 10
+    assert sorted(control) == sorted(r for r in plain if r not in canaries)
     assert not torch.equal(text.canary, G.Text(replace(cfg, seed=1)).canary)
-
-
-def test_token_ids_are_mapped_and_equal_those_of_the_text(tmp_path):
     whole = corpus("docs")
     np.save(tmp_path / "ids.npy", Tokenizer(whole, 300).encode(whole).numpy().astype(np.uint16))
-    cfg = G.Config("train", "small", **SMALL)
-    ids, text = G.Text(replace(cfg, data=(f"{tmp_path}/ids.npy",))), G.Text(cfg)
-    assert isinstance(ids.table, np.memmap) and ids.rows(torch.tensor([0])).dtype == torch.int64
-    every = torch.arange(len(ids.table))
-    assert torch.equal(ids.rows(every), text.rows(every)) and ids.batch(cfg, 3).shape == (8, 17)
-
-
-# %% training
+    ids = G.Text(replace(cfg, data=(f"{tmp_path}/ids.npy",)))
+    assert isinstance(ids.table, np.memmap) and ids.batch(cfg, 3).shape == (8, 17)
+    assert torch.equal(ids.rows(index), text.rows(index)) and ids.rows(index).dtype == torch.int64
 
 
 def train_both(rank, size, accum, out):
@@ -297,62 +267,48 @@ def test_resume_equals_the_unbroken_run(tmp_path, monkeypatch):
             assert getattr(cli.parse(G.Config, ["train", *FLAGS, *advice.split()]), name) == getattr(cfg, name)
 
 
-# %% audit
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """tiny_llama with a tokenizer of 26 letters, whose post-processor puts [BOS] in front, and two texts."""
-    tokenizers = pytest.importorskip("tokenizers")
-    shutil.copytree(DATA / "topk_attention/tiny_llama", tmp_path / "llama")
-    words = {"[BOS]": 0, **{c: i + 1 for i, c in enumerate("abcdefghijklmnopqrstuvwxyz")}}
+def test_audit_of_real_weights_reads_each_row_behind_its_start_token(tmp_path):
+    tokenizers, folder, letters = pytest.importorskip("tokenizers"), tmp_path / "llama", draw(3000, high=27)
+    pytest.importorskip("safetensors")
+    shutil.copytree(DATA / "topk_attention/tiny_llama", folder)
+    words = {"[BOS]": 0, **{chr(96 + i): i for i in range(1, 27)}}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.post_processor = tokenizers.processors.TemplateProcessing("[BOS] $A", special_tokens=[("[BOS]", 0)])
-    made.save(str(tmp_path / "llama/tokenizer.json"))
-    for name, seed in (("a", 0), ("b", 1)):
-        letters = draw(3000, high=27, seed=seed).tolist()
-        (tmp_path / f"llama/{name}.txt").write_text(" ".join(chr(96 + i) for i in letters))
-    return tmp_path / "llama"
-
-
-def test_audit_of_real_weights_reads_each_row_behind_its_start_token(folder, tmp_path):
-    pytest.importorskip("safetensors")
-    a, b = f"{folder}/a.txt", f"{folder}/b.txt"
+    made.save(f"{folder}/tokenizer.json")
+    (a, b), text = (f"{folder}/a.txt", f"{folder}/b.txt"), " ".join(chr(96 + i) for i in letters.tolist())
+    Path(a).write_text(text)
+    Path(b).write_text(text[::-1])
     cfg = G.Config("audit", model=str(folder), data=(a,), nonmembers=(b,), canaries=40, block=12, beams=(1, 3),
                    out=f"{tmp_path}/out", device="cpu")  # fmt: skip
-    rows = G.windows(cfg, a)
-    assert rows.shape == (40, 13) and (rows[:, 0] == 0).all() and (rows[:, 1:] > 0).all()
-    assert torch.equal(rows[:, 1:].flatten(), draw(3000, high=27)[:480])
+    rows, model = G.windows(cfg, a), G.start_model(cfg)
+    assert torch.equal(rows, torch.cat([torch.zeros(40, 1, dtype=torch.long), letters[:480].view(40, 12)], dim=1))
     with cluster.world("cpu") as w:
         G.audit(cfg, w)
-    found = json.loads((tmp_path / "out/audit.json").read_text())
-    model = G.start_model(cfg)
-    with torch.no_grad():
-        log_p = model(rows[:, :-1]).log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
-    assert found[a]["loss"] == pytest.approx(log_p.mean().item(), rel=1e-4) and found[a]["rows"] == 40
+        G.train(replace(cfg, mode="train", preset="finetune", steps=1, batch=2, canaries=1, exposures=1, k=0, h=4), w)
+    found, log_p = json.loads((tmp_path / "out/audit.json").read_text()), G.mia_scores(model, rows, ["x"] * 40)["loss"]
+    assert found[a]["loss"] == pytest.approx(log_p.mean().item()) and found[a]["rows"] == 40
     assert found["loss"]["members"] == found["loss"]["others"] == 40 and 0.3 < found["loss"]["auc"] < 0.7
+    assert metrics(tmp_path / "out")[0]["loss"] == pytest.approx(
+        -log_p.mean().item(), rel=0.05
+    )  # training starts there
 
 
 @pytest.mark.weights
 def test_smollm2_values():
-    weights = open_weights("smollm2")
-    model = G.start_model(G.Config("audit", model="smollm2"))
+    model, encode = G.start_model(G.Config("audit", model="smollm2")), open_weights("smollm2").tokenizer().encode
     ids = torch.tensor([[1604, 803, 24, 81, 28, 278, 727, 472, 1003, 253, 1232, 278, 198]])
+    assert -G.mia_scores(model, ids, ["x"])["loss"].item() == pytest.approx(1.26725, abs=2e-5)
     with torch.no_grad():
-        assert -G.mia_scores(model, ids, ["x"])["loss"].item() == pytest.approx(1.26725, abs=2e-5)
-        top = model(torch.tensor([weights.tokenizer().encode("The capital of France is").ids]))[0, -1].topk(5)
+        top = model(torch.tensor([encode("The capital of France is").ids]))[0, -1].topk(5)
     assert top.indices.tolist() == [7042, 260, 4528, 2250, 1315]
     torch.testing.assert_close(top.values, torch.tensor([17.371, 14.889, 13.245, 13.010, 12.952]), rtol=0, atol=2e-3)
-
-
-# %% the verdict
 
 
 def test_demo_in_small_judges_what_it_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(G, "RUNS", {name: G.RUNS[name] for name in ("ordinary", "k=4", "k=3", "control")})
     with cluster.world("cpu") as w:
-        G.demo(G.Config(**SMALL | {"d_model": 64, "steps": 100, "exposures": 100, "out": str(tmp_path), "lr": 5e-3}), w)
+        G.demo(G.Config(**SMALL | {"d_model": 64, "steps": 50, "exposures": 90, "out": str(tmp_path), "lr": 1e-2}), w)
     found = {x["measured"]: x for x in metrics(tmp_path) if "measured" in x}
     claim = json.loads((tmp_path / "claim.json").read_text())
     assert (claim["holds"], claim["here"]) == G.judge(found)
@@ -381,13 +337,9 @@ def test_verdict(row, change):
     assert G.judge(FOUND)[0] and not G.judge(FOUND | {row: FOUND[row] | change})[0]
 
 
-# %% the command
-
-
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("train --data none.txt --preset small", "no such file"),
         ("train --data binary.txt --preset small", "not UTF-8"),
         ("train --data short.txt --preset small", "too small"),
         ("train --data large.npy --preset small", "token id 300, the model has ids 0 to 299"),
@@ -396,11 +348,8 @@ def test_verdict(row, change):
         ("train --block 1", "--block 2"),
         ("train --h 16 --window context", "Give --block 17 or more"),
         ("train --exposures 25", "exceed the 96 rows"),
-        ("train --lr nan", "give a number above 0"),
         ("train --accum 3", "does not divide over 1 processes x --accum 3"),
-        ("demo --k 3", "belongs to train, bench"),
         ("audit --canaries 5", "go with --model"),
-        ("audit --model llama --data large.npy", "give text"),
         ("audit", "Train without --resume first"),
     ],
 )
