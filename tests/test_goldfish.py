@@ -8,7 +8,6 @@ import shutil
 import signal
 import time
 import zlib
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import finish, kill, run_ranks, run_script, start_ranks
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import goldfish as G
-from common import cli, cluster
+from common import cli, cluster, report
 from common.text import Tokenizer, corpus
-from common.weights import open_weights
 
-DATA = Path(__file__).parent / "data"
+t, DATA = torch.tensor, Path(__file__).parent / "data"
 TABLE, MASKS, EDGES = (json.loads((DATA / f"goldfish_{n}.json").read_text()) for n in ("table", "masks", "edge"))
 MASKS = [case for case in MASKS if case["strategy"] != "hash-avalanche"]
 SMALL = {"d_model": 32, "n_layer": 1, "vocab": 300, "block": 16, "h": 4, "canaries": 4, "exposures": 10, "steps": 12,
@@ -34,8 +31,7 @@ FLAGS = [word for name, value in SMALL.items() for word in cli.spell(name, value
 
 @pytest.fixture(autouse=True)
 def plain_torch(monkeypatch):
-    """The kernel has its own tests; in Triton's interpreter it would make these slow."""
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")  # the kernel has its own tests; interpreted, it would make these slow
 
 
 def draw(*shape, high=32000, low=1, seed=0):
@@ -48,7 +44,7 @@ def metrics(folder) -> list[dict]:
 
 def test_table_is_the_released_one_on_any_default_device():
     G.hash_table.cache_clear()
-    with FakeTensorMode(), suppress(RuntimeError):  # fake tensors are refused, and leave no fake table behind
+    with torch._subclasses.FakeTensorMode(), pytest.raises(RuntimeError):  # and leaves no fake table behind
         G.goldfish_mask(torch.ones(2, 40, dtype=torch.long), 4, 4)
     with torch.device("meta"):
         table = G.hash_table()
@@ -59,10 +55,9 @@ def test_table_is_the_released_one_on_any_default_device():
 @pytest.mark.parametrize("case", MASKS + EDGES["edge"], ids=lambda c: f"{c.get('strategy', c.get('name'))}-k{c['k']}")
 def test_masks_equal_the_released_code(case):
     targets, strategy = torch.tensor(case["targets"]), "static" if case.get("strategy") == "static" else "hash"
-    for dtype in (torch.uint8, torch.int16, torch.int32, torch.int64):
-        if torch.iinfo(dtype).min <= targets.min() and targets.max() <= torch.iinfo(dtype).max:
-            drop = G.goldfish_mask(targets.to(dtype), case["k"], case["h"], strategy)
-            assert targets.masked_fill(drop, -100).tolist() == case["masked"]
+    for ids in (targets, targets.int()):
+        drop = G.goldfish_mask(ids, case["k"], case["h"], strategy)
+        assert targets.masked_fill(drop, -100).tolist() == case["masked"]
 
 
 @pytest.mark.parametrize("window", ["target", "context"])
@@ -86,36 +81,27 @@ def test_shift_invariance_nesting_and_edges_of_k():
     huge, k8, k4, k3 = (G.goldfish_mask(text, k, h) for k in (10**12, 8, 4, 3))
     assert not (huge & ~k8).any() and not (k8 & ~k4).any() and not (k4 & ~k3).any()
     assert huge.float().mean() < 1e-3 and k8.any() and not k3[:, : h - 1].any()
-    for strategy in ("hash", "static", "random"):
-        drop = G.goldfish_mask(draw(1, 200_000), 4, 4, strategy, generator=torch.Generator().manual_seed(1))
-        assert abs(drop.float().mean() - 0.25) < 0.006
+    random = G.goldfish_mask(text, 4, strategy="random", generator=torch.Generator().manual_seed(1))
+    assert abs(k4.float().mean() - 0.25) < 0.02 and abs(random.float().mean() - 0.25) < 0.02
 
 
-def test_loss_is_the_released_one_and_dropped_targets_have_no_gradient():
+def test_loss_is_the_released_one_and_dropped_targets_never_enter():
     case = EDGES["loss"]
     logits, targets = torch.tensor(case["logits"]), torch.tensor(case["targets"])
     assert G.goldfish_loss(logits, targets, case["k"], case["h"]).item() == pytest.approx(case["loss"], rel=1e-6)
     logits, targets = torch.randn(2, 30, 11, requires_grad=True), draw(2, 30, high=11)
     targets[0, 25:] = -100
     keep = ~G.goldfish_mask(targets, 3, 4) & (targets != -100)
-    (grad,) = torch.autograd.grad(G.goldfish_loss(logits, targets, 3, 4), logits)
+    clean = G.goldfish_loss(logits, targets, 3, 4)
+    (grad,) = torch.autograd.grad(clean, logits)
     probability = logits.softmax(-1) - F.one_hot(targets.clamp(min=0), 11)
     torch.testing.assert_close(grad, (keep[..., None] * probability / keep.sum()).detach())
-    assert (grad[~keep] == 0).all() and (grad[keep] != 0).any(dim=-1).all()
-
-
-def test_nan_in_dropped_rows_is_harmless_and_nothing_supervised_is_zero():
-    logits, targets = torch.randn(1, 40, 9), draw(1, 40, high=9)
-    clean, drop = G.goldfish_loss(logits, targets, 3, 4), G.goldfish_mask(targets, 3, 4)
-    bad = logits.masked_fill(drop[..., None], math.nan).requires_grad_()
+    bad = logits.detach().masked_fill(~keep[..., None], math.nan).requires_grad_()
     loss = G.goldfish_loss(bad, targets, 3, 4)
     loss.backward()
     torch.testing.assert_close(loss, clean)
     assert bad.grad.isfinite().all() and G.goldfish_loss(logits * math.nan, targets, 3, 4).isnan()
-    empty = torch.randn(2, 9, 5, requires_grad=True)
-    loss = G.goldfish_loss(empty, torch.full((2, 9), -100), 4, 4)
-    loss.backward()
-    assert loss == 0 and (empty.grad == 0).all()
+    assert G.goldfish_loss(logits, torch.full((2, 30), -100), 4, 4) == 0  # nothing is supervised
 
 
 @pytest.mark.parametrize("library", [True, False])
@@ -123,8 +109,6 @@ def test_nan_in_dropped_rows_is_harmless_and_nothing_supervised_is_zero():
 def test_head_loss_is_kept_loss_of_the_logits(library, kind, monkeypatch):
     if not library:
         monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
-    elif not hasattr(F, "linear_cross_entropy"):
-        pytest.skip("torch 2.13's function")
     g, low = torch.Generator().manual_seed(0), kind in ("autocast", "bfloat16")
     hidden, head = torch.randn(2, 300, 16, generator=g), torch.randn(50, 16, generator=g)
     targets = draw(2, 300, high=50)
@@ -147,7 +131,6 @@ def test_head_loss_is_kept_loss_of_the_logits(library, kind, monkeypatch):
 
 
 def markov(seed=0, V=6):
-    """A model ids -> logits of the last two tokens, from a random table."""
     table = 2 * torch.randn(V, V, V, generator=torch.Generator().manual_seed(seed))
     return lambda ids: table[torch.cat([torch.zeros_like(ids[:, :1]), ids[:, :-1]], dim=1), ids]
 
@@ -161,20 +144,15 @@ def test_beam_search_against_all_sequences():
         assert beams[:5].tolist() == every[log_p.argsort(descending=True)[:5]].tolist()
 
 
-def test_wider_never_finds_less():
-    """The texts are what greedy decoding says: a plain search of 8 beams loses most of them."""
-    cfg, lost = G.Config("audit", block=20, beams=(30, 1, 8), device="cpu"), 0
+def test_wider_never_finds_less_and_cached_decoding_equals_rereading():
+    cfg = G.Config("audit", block=20, beams=(30, 1, 8), device="cpu")
     with cluster.world("cpu") as w:
-        for seed in range(3):
+        for seed in range(3):  # texts that greedy decoding says; a plain search of 8 beams loses most of them
             model, prefix = markov(seed), draw(4, 10, high=6, seed=seed)
             rows = torch.cat([prefix, G.extract(model, prefix, 10, 10)], dim=1)
             found, _ = G.attack(cfg, w, model, rows, str)
             assert all(found[f"recited, {width} beams"] == 1 for width in cfg.beams) and found["RougeL"] == 1
-            lost += int((G.extract(model, rows, 10, 10, 8)[:, :-1] != rows[:, None, 10:]).any(2).all(1).sum())
-    assert lost > 0
 
-
-def test_cached_decoding_equals_rereading():
     model = G.start_model(G.Config(vocab=300, d_model=64)).double()
     torch.nn.init.normal_(model.model.embed_tokens.weight, generator=torch.Generator().manual_seed(0))
     for beams in (1, 4):
@@ -183,13 +161,8 @@ def test_cached_decoding_equals_rereading():
 
 
 def test_measures():
-    t, a, b = torch.tensor, draw(20, 12, high=5), draw(20, 9, high=5, seed=1)
-    for x, y, got in zip(a.tolist(), b.tolist(), G.rouge_l(a, b).tolist(), strict=True):
-        best = [[0] * 10 for _ in range(13)]  # the longest common subsequence of every two beginnings
-        for i in range(12):
-            for j in range(9):
-                best[i + 1][j + 1] = best[i][j] + 1 if x[i] == y[j] else max(best[i][j + 1], best[i + 1][j])
-        assert got == pytest.approx(2 * best[-1][-1] / 21)
+    a, b = t([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 1, 2]]), t([[1, 9, 3, 4], [4, 3, 2, 1], [2, 1, 2, 9]])
+    assert G.rouge_l(a, b).tolist() == [0.75, 0.25, 0.75] and G.rouge_l(a, b[:, :2])[1] == pytest.approx(1 / 3)
     assert G.first_divergence(t([[1, 2, 3], [1, 9, 3]]), t([[1, 2, 3]] * 2)).tolist() == [3, 1]
     assert G.auc(t([3.0, 4.0]), t([1.0, 2.0])) == 1 and G.auc(t([2.0, 1.0, 0.0]), t([1.0])) == 0.5
     others = torch.arange(100.0)
@@ -218,7 +191,6 @@ def test_canaries_are_unique_and_shown_exactly_as_asked_and_ids_equal_text(tmp_p
     assert [plain.count(r) for r in canaries] == [cfg.exposures] * cfg.canaries and not set(hidden) & set(plain)
     assert len(plain) == len(noisy) == cfg.steps * cfg.batch and sum(r in canaries for r in noisy) < 10
     assert sorted(control) == sorted(r for r in plain if r not in canaries)
-    assert not torch.equal(text.canary, G.Text(replace(cfg, seed=1)).canary)
     whole = corpus("docs")
     np.save(tmp_path / "ids.npy", Tokenizer(whole, 300).encode(whole).numpy().astype(np.uint16))
     ids = G.Text(replace(cfg, data=(f"{tmp_path}/ids.npy",)))
@@ -227,9 +199,10 @@ def test_canaries_are_unique_and_shown_exactly_as_asked_and_ids_equal_text(tmp_p
 
 
 def train_both(rank, size, accum, out):
+    w, text = cluster.World(rank, size, torch.device("cpu")), G.Text(G.Config(**SMALL))
     for strategy in ("hash", "random"):
         cfg = G.Config("train", strategy=strategy, accum=accum, out=f"{out}/{strategy}-{size}-{accum}", **SMALL)
-        G.train(cfg, cluster.World(rank, size, torch.device("cpu")))
+        G.train_model(cfg, text, w, report.Run(cfg.out, cfg, w), "train")
 
 
 def test_micro_steps_and_ranks_change_nothing(tmp_path):
@@ -239,11 +212,11 @@ def test_micro_steps_and_ranks_change_nothing(tmp_path):
     run_ranks(train_both, 2, tmp_path, 2, tmp_path)
     for strategy in ("hash", "random"):
         one, *others = (metrics(tmp_path / f"{strategy}-{n}") for n in ("1-1", "1-2", "1-4", "2-2"))
-        assert [x["step"] for x in one[:-1]] == list(range(1, 13)) and one[-1]["val loss"] < 5.5
-        assert len({x["supervised"] for x in one[:-1]}) > 3  # counts differ, so means of means would show
+        assert [x["step"] for x in one] == list(range(1, 13)) and one[-1]["loss"] < one[0]["loss"] - 0.5
+        assert len({x["supervised"] for x in one}) > 3  # counts differ, so means of means would show
         for other in others:
-            for a, b in zip(one[:-1], other[:-1], strict=True):
-                assert a["supervised"] == b["supervised"] and a["loss"] == pytest.approx(b["loss"], abs=2e-5)
+            assert [x["supervised"] for x in one] == [x["supervised"] for x in other]
+            assert [x["loss"] for x in one] == pytest.approx([x["loss"] for x in other], abs=2e-5)
 
 
 def test_resume_equals_the_unbroken_run(tmp_path, monkeypatch):
@@ -258,18 +231,18 @@ def test_resume_equals_the_unbroken_run(tmp_path, monkeypatch):
         newest.write_bytes(newest.read_bytes()[:5000])
         G.train(replace(cfg, out=f"{tmp_path}/b", resume=True), w)
         assert metrics(tmp_path / "b") == metrics(tmp_path / "a") and len(metrics(tmp_path / "a")) == 13
-        for change in ({"k": 3}, {"h": 5}, {"strategy": "static"}, {"window": "context"}, {"seed": 9}, {"steps": 20}):
+        for name, other in (("k", 3), ("h", 5), ("strategy", "static"), ("window", "context"), ("steps", 20)):
             with pytest.raises(cli.BadInput) as refused:
-                G.train(replace(cfg, out=f"{tmp_path}/b", resume=True, **change), w)
-            (name,) = change
+                G.train(replace(cfg, out=f"{tmp_path}/b", resume=True, **{name: other}), w)
             advice = re.search(r"Pass (--.+), or another --out", str(refused.value))[1]
-            assert advice == cli.spell(name, getattr(cfg, name))
             assert getattr(cli.parse(G.Config, ["train", *FLAGS, *advice.split()]), name) == getattr(cfg, name)
+        G.audit(G.Config("audit", out=f"{tmp_path}/b", beams=(4, 1), device="cpu"), w)
+    found = json.loads((tmp_path / "b/audit.json").read_text())["canaries"]
+    assert found["RougeL"] == pytest.approx(metrics(tmp_path / "a")[-1]["RougeL"])
 
 
 def test_audit_of_real_weights_reads_each_row_behind_its_start_token(tmp_path):
     tokenizers, folder, letters = pytest.importorskip("tokenizers"), tmp_path / "llama", draw(3000, high=27)
-    pytest.importorskip("safetensors")
     shutil.copytree(DATA / "topk_attention/tiny_llama", folder)
     words = {"[BOS]": 0, **{chr(96 + i): i for i in range(1, 27)}}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
@@ -289,20 +262,15 @@ def test_audit_of_real_weights_reads_each_row_behind_its_start_token(tmp_path):
     found, log_p = json.loads((tmp_path / "out/audit.json").read_text()), G.mia_scores(model, rows, ["x"] * 40)["loss"]
     assert found[a]["loss"] == pytest.approx(log_p.mean().item()) and found[a]["rows"] == 40
     assert found["loss"]["members"] == found["loss"]["others"] == 40 and 0.3 < found["loss"]["auc"] < 0.7
-    assert metrics(tmp_path / "out")[0]["loss"] == pytest.approx(
-        -log_p.mean().item(), rel=0.05
-    )  # training starts there
+    assert metrics(tmp_path / "out")[0]["loss"] == pytest.approx(-log_p.mean().item(), rel=0.05)  # training starts here
 
 
 @pytest.mark.weights
 def test_smollm2_values():
-    model, encode = G.start_model(G.Config("audit", model="smollm2")), open_weights("smollm2").tokenizer().encode
+    model = G.start_model(G.Config("audit", model="smollm2"))
     ids = torch.tensor([[1604, 803, 24, 81, 28, 278, 727, 472, 1003, 253, 1232, 278, 198]])
     assert -G.mia_scores(model, ids, ["x"])["loss"].item() == pytest.approx(1.26725, abs=2e-5)
-    with torch.no_grad():
-        top = model(torch.tensor([encode("The capital of France is").ids]))[0, -1].topk(5)
-    assert top.indices.tolist() == [7042, 260, 4528, 2250, 1315]
-    torch.testing.assert_close(top.values, torch.tensor([17.371, 14.889, 13.245, 13.010, 12.952]), rtol=0, atol=2e-3)
+    assert G.extract(model, torch.tensor([[504, 3575, 282, 4649, 314]]), 5, 1).item() == 7042  # Paris
 
 
 def test_demo_in_small_judges_what_it_measured(tmp_path, monkeypatch):
@@ -310,44 +278,38 @@ def test_demo_in_small_judges_what_it_measured(tmp_path, monkeypatch):
     with cluster.world("cpu") as w:
         G.demo(G.Config(**SMALL | {"d_model": 64, "steps": 50, "exposures": 90, "out": str(tmp_path), "lr": 1e-2}), w)
     found = {x["measured"]: x for x in metrics(tmp_path) if "measured" in x}
-    claim = json.loads((tmp_path / "claim.json").read_text())
-    assert (claim["holds"], claim["here"]) == G.judge(found)
+    assert json.loads((tmp_path / "claim.json").read_text())["here"] == G.judge(found)[1]
     assert found["ordinary"]["recited"] == 1 and found["control"]["recited"] == 0 and found["k=3"]["recited"] < 0.5
     assert found["k=3"]["at dropped"] == 1 > found["k=3"]["at placebo"] and found["ordinary"]["at dropped"] is None
     assert min(found["ordinary"]["right dropped"], found["k=3"]["right kept"]) > 0.8 > 2 * found["k=3"]["right dropped"]
 
 
-NAMES, FOUND = ("recited", "at dropped", "at placebo", "right dropped", "val loss"), {  # of the demo with seed 0
-    "ordinary": (1.0, None, None, 1.0, 2.823), "k=4": (0.0, 1.0, 0.242, 0.225, 2.867),
-    "k=3": (0.0, 1.0, 0.313, 0.169, 2.886), "control": (0.0, None, None, 0.230, 2.799),
-    "random": (1.0, None, None, 1.0, 2.877),
+row = lambda *v: dict(zip(("recited", "at dropped", "at placebo", "right dropped", "val loss"), v, strict=True))
+FOUND = {  # of the demo with seed 0
+    "ordinary": row(1.0, None, None, 1.0, 2.823), "k=4": row(0.0, 1.0, 0.242, 0.225, 2.867),
+    "k=3": row(0.0, 1.0, 0.313, 0.169, 2.886), "control": row(0.0, None, None, 0.230, 2.799),
+    "random": row(1.0, None, None, 1.0, 2.877),
 }  # fmt: skip
-FOUND = {row: dict(zip(NAMES, values, strict=True)) for row, values in FOUND.items()}
 
 
-@pytest.mark.parametrize(
-    "row, change",
-    [
+def test_verdict():
+    assert G.judge(FOUND)[0]
+    for name, change in (
         ("k=4", FOUND["random"]), ("k=3", FOUND["random"]), ("k=4", FOUND["ordinary"]), ("ordinary", FOUND["control"]),
         ("k=4", {"recited": 0.125}), ("k=3", {"at dropped": 0.9}), ("k=3", {"at placebo": 0.5}),
         ("k=4", {"at placebo": None}), ("k=4", {"right dropped": 0.4}), ("k=3", {"val loss": 3.0}),
-    ],
-)  # fmt: skip
-def test_verdict(row, change):
-    assert G.judge(FOUND)[0] and not G.judge(FOUND | {row: FOUND[row] | change})[0]
+    ):  # fmt: skip
+        assert not G.judge(FOUND | {name: FOUND[name] | change})[0], (name, change)
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ("train --data binary.txt --preset small", "not UTF-8"),
         ("train --data short.txt --preset small", "too small"),
         ("train --data large.npy --preset small", "token id 300, the model has ids 0 to 299"),
         ("train --data short.txt", "need --preset small"),
         ("train --k 1", "give 0 for ordinary training, or 2 or more"),
-        ("train --block 1", "--block 2"),
         ("train --h 16 --window context", "Give --block 17 or more"),
-        ("train --exposures 25", "exceed the 96 rows"),
         ("train --accum 3", "does not divide over 1 processes x --accum 3"),
         ("audit --canaries 5", "go with --model"),
         ("audit", "Train without --resume first"),
@@ -356,7 +318,6 @@ def test_verdict(row, change):
 def test_bad_input(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("hello " * 50)
-    Path("binary.txt").write_bytes(bytes(range(256)))
     np.save("large.npy", np.full(9**4, 300))
     small = FLAGS if argv.startswith("train") else []
     monkeypatch.setattr("sys.argv", ["goldfish.py", *argv.split()[:1], *small, *argv.split()[1:], "--out", "out"])
@@ -367,29 +328,19 @@ def test_bad_input(argv, message, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.drill
-def test_kill_and_sigterm_and_resume_on_other_numbers_of_ranks(tmp_path):
-    """2 ranks killed, 2 ranks stopped by SIGTERM, 1 process to the end, audit: as the unbroken run of 2 ranks."""
-    argv = ["goldfish.py", "train", *FLAGS, "--steps", "400", "--save-every", "7", "--resume", "--out"]
+def test_kill_and_resume_on_another_number_of_ranks(tmp_path):
+    argv = ["goldfish.py", "train", *FLAGS, "--steps", "200", "--resume", "--out"]
     finish(start_ranks(2, *argv, f"{tmp_path}/whole"))
-    checkpoint, deadline = tmp_path / "cut/checkpoint.pt", time.monotonic() + 120
-    ranks, least = start_ranks(2, *argv, f"{tmp_path}/cut"), 0
-    for how in (signal.SIGKILL, signal.SIGTERM):
-        while not (checkpoint.exists() and len(metrics(tmp_path / "cut")) > least) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        kill(ranks if how == signal.SIGKILL else ranks[1:], how)  # SIGTERM to any one rank stops all, at the same step
-        out, status = finish(ranks), [p.returncode for p in ranks]
-        step = cluster.load(checkpoint)["facts"]["step"]
-        if how == signal.SIGKILL:
-            ranks, least = start_ranks(2, *argv, f"{tmp_path}/cut"), step + 5
-    assert status == [0, 0] and "go on with --resume" in out[0] and metrics(tmp_path / "cut")[-1]["step"] == step < 400
+    ranks, checkpoint, deadline = start_ranks(2, *argv, f"{tmp_path}/cut"), tmp_path / "cut/checkpoint.pt", time.time()
+    while not checkpoint.exists() and time.time() < deadline + 120:
+        time.sleep(0.02)
+    kill(ranks, signal.SIGKILL)
+    step = cluster.load(checkpoint)["facts"]["step"]
     done = run_script(*argv, f"{tmp_path}/cut")
-    assert done.returncode == 0 and f"going on after step {step}" in done.stdout
+    assert step < 200 and done.returncode == 0 and f"going on after step {step}" in done.stdout
     a, b = ([x for x in metrics(tmp_path / name) if "step" in x] for name in ("whole", "cut"))
-    assert len(a) == 400 and [x["step"] for x in a] == [x["step"] for x in b]
+    assert [x["step"] for x in a] == [x["step"] for x in b] == list(range(1, 201))
     assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], abs=2e-3)
-    run_script("goldfish.py", "audit", "--out", f"{tmp_path}/whole", "--beams", "1", "4", "--device", "cpu")
-    found = json.loads((tmp_path / "whole/audit.json").read_text())
-    assert found["canaries"]["recited, 1 beams"] == metrics(tmp_path / "whole")[-1]["recited"]
 
 
 @pytest.mark.drill
@@ -397,4 +348,3 @@ def test_header(tmp_path):
     done = run_script("goldfish.py", "--device", "cpu", "--out", str(tmp_path), timeout=900)
     expect = re.search(r'^Expect\s+"(.+?)"', G.__doc__, re.M)[1]
     assert done.returncode == 0 and expect in done.stdout.splitlines()[-1] and done.stdout.endswith("| holds\n")
-    assert (tmp_path / "goldfish.png").exists() or "pip install" in done.stdout
