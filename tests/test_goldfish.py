@@ -49,7 +49,7 @@ def test_table_is_the_released_one_on_any_default_device():
     with torch.device("meta"):
         table = G.hash_table()
     assert hashlib.sha256(table.numpy().astype("<f4").tobytes()).hexdigest() == TABLE["sha256_float32_le"]
-    assert {k: int((table < 1 / int(k)).sum()) for k in TABLE["drop_count"]} == TABLE["drop_count"]
+    assert not G.goldfish_mask((table == 1 / 16).nonzero(), 16, 1).any()  # below 1/k, not at it
 
 
 @pytest.mark.parametrize("case", MASKS + EDGES["edge"], ids=lambda c: f"{c.get('strategy', c.get('name'))}-k{c['k']}")
@@ -122,8 +122,8 @@ def test_head_loss_is_kept_loss_of_the_logits(library, kind, monkeypatch):
     loss.backward()
     want.backward()
     assert (kind == "frozen head") == (ours[1].grad is None)
-    for sum_ in (loss, G.kept_loss(F.linear(*ours), targets, keep)):  # summed in fp32; a bf16 sum is off by 4e-3
-        assert sum_.dtype == torch.float32
+    for sum_ in (loss, G.kept_loss(F.linear(*ours), targets, keep)):
+        assert sum_.dtype == torch.float32 and (sum_ == 0 or sum_ != sum_.bfloat16())  # never a bf16 sum
         torch.testing.assert_close(sum_.double(), want, rtol=1e-3 if low else 1e-6, atol=0)
     for a, b in zip(ours, exact, strict=True):
         if a.requires_grad:
@@ -154,7 +154,8 @@ def test_wider_never_finds_less_and_cached_decoding_equals_rereading():
             assert all(found[f"recited, {width} beams"] == 1 for width in cfg.beams) and found["RougeL"] == 1
 
     model = G.start_model(G.Config(vocab=300, d_model=64)).double()
-    torch.nn.init.normal_(model.model.embed_tokens.weight, generator=torch.Generator().manual_seed(0))
+    for i, weight in enumerate(p for p in model.parameters() if p.ndim == 2):  # large: what was read must matter
+        torch.nn.init.normal_(weight, std=0.5, generator=torch.Generator().manual_seed(i))
     for beams in (1, 4):
         rows, plain = draw(3, 20, high=300), lambda ids: model(ids)
         assert torch.equal(G.extract(model, rows, 6, 9, beams), G.extract(plain, rows, 6, 9, beams))
@@ -307,7 +308,6 @@ def test_verdict():
     [
         ("train --data short.txt --preset small", "too small"),
         ("train --data large.npy --preset small", "token id 300, the model has ids 0 to 299"),
-        ("train --data short.txt", "need --preset small"),
         ("train --k 1", "give 0 for ordinary training, or 2 or more"),
         ("train --h 16 --window context", "Give --block 17 or more"),
         ("train --accum 3", "does not divide over 1 processes x --accum 3"),
