@@ -55,7 +55,7 @@ from common.weights import open_weights, rope_frequencies, rotate
 def hash_table() -> Tensor:
     """The released code's 1 000 003 uniforms, drawn on the CPU: every device and rank drops the same targets."""
     uniforms = torch.rand(1_000_003, generator=torch.Generator().manual_seed(2971215073), device="cpu")
-    return torch.from_numpy(uniforms.numpy())  # a real array: torch's fake tensors may not enter the cache
+    return torch.from_numpy(uniforms.numpy())  # .numpy() refuses torch's fake tensors: none gets into the cache
 
 
 @torch.no_grad()
@@ -70,8 +70,7 @@ def goldfish_mask(
     random: each target afresh, from `generator`. ValueError: k < 2, or rows without one full window, or flat targets.
     """
     if targets.ndim != 2 or targets.is_floating_point():
-        raise ValueError(f"targets must be token ids (B, L), got {targets.dtype} {tuple(targets.shape)}: windows end "
-                         "with their row, so keep the rows apart")  # fmt: skip
+        raise ValueError(f"targets must be rows of token ids (B, L), not {targets.dtype} {tuple(targets.shape)}")
     L, ahead = targets.shape[1], int(window == "context")
     if k < 2 or h < 1 or (strategy == "hash" and L < h + ahead):
         raise ValueError(f"k = {k}, h = {h} drop everything or nothing of rows of {L}: need k >= 2 and 1 <= h < {L}")
@@ -298,18 +297,18 @@ class Config:
     log_every: int = opt(10, "steps between lines in metrics.jsonl", modes=TRAINED)
 
     def __post_init__(self):
-        sizes = (self.h, self.block, self.batch, self.accum, self.steps, self.log_every, self.d_model, self.n_layer)
-        shown, ahead = self.canaries * self.exposures, int(self.window == "context")
+        sizes = (self.h, self.block - 1, self.batch, self.accum, self.steps, self.log_every, self.d_model, self.n_layer)
+        shown, ahead, trains = self.canaries * self.exposures, int(self.window == "context"), self.mode in TRAINED
         for wrong, message in (
             (min(*sizes, self.canaries, *self.beams, self.exposures + 1, self.save_every + 1) < 1,
-             "sizes, --steps, --canaries and --beams must be at least 1, --exposures and --save-every at least 0"),
+             "sizes, --steps, --canaries, --beams must be at least 1, --block 2, --exposures and --save-every 0"),
             (self.k < 0 or self.k == 1, f"--k {self.k}: give 0 for ordinary training, or 2 or more"),
             (not 0 < self.lr < math.inf, f"--lr {self.lr}: give a number above 0"),
             (self.d_model % 32 or self.vocab < 256, "--d-model is a multiple of 32, --vocab at least 256"),
-            (self.h + ahead > self.block, f"--h {self.h} has no room in rows of --block {self.block}: nothing would be "
-                                          f"dropped. Give --block {self.h + ahead} or more"),
-            (shown > self.steps * self.batch, f"--canaries {self.canaries} x --exposures {self.exposures} = {shown} "
-                                              f"exceed the {self.steps * self.batch} rows of --steps x --batch"),
+            (trains and self.h + ahead > self.block, f"--h {self.h} has no room in rows of --block {self.block}: no "
+             f"target would be dropped. Give --block {self.h + ahead} or more"),
+            (trains and shown > self.steps * self.batch, f"--canaries {self.canaries} x --exposures {self.exposures} = "
+             f"{shown} exceed the {self.steps * self.batch} rows of --steps x --batch"),
             (self.mode == "train" and self.preset == "demo" and (self.data != ("docs",) or self.model),
              "your text or weights need --preset small (the demo's numbers), finetune (real weights) or 1b (paper)"),
         ):  # fmt: skip
@@ -318,8 +317,7 @@ class Config:
 
 
 PRESETS = {
-    "demo": {},
-    "small": {},
+    "demo": {}, "small": {},
     "finetune": {"model": "smollm2", "block": 128, "steps": 100, "exposures": 100, "canaries": 8, "lr": 1e-4},
     "1b": {  # the paper's TinyLlama, 1,100,048,384 parameters; not run here
         "model": "tinyllama", "vocab": 32000, "block": 2048, "batch": 1024, "steps": 9536, "lr": 4e-4,
@@ -360,7 +358,7 @@ class Text:
     def __init__(self, cfg: Config):
         text, self.seed, width = corpus(cfg.data), cfg.seed, cfg.block + 1
         ids, self.decode = (text, str) if isinstance(text, np.ndarray) else encoded(cfg, text)
-        self.vocab = 2**31 if cfg.model not in ("", "tinyllama") else cfg.vocab
+        self.vocab = cfg.vocab if cfg.model in ("", "tinyllama") else open_weights(cfg.model).config["vocab_size"]
         n, held = len(ids) // width, 2 * cfg.canaries + VALIDATION
         self.table = ids[: n * width].reshape(n, width)
         self.crc = zlib.crc32(self.table[: 2**16].tobytes())
@@ -379,13 +377,8 @@ class Text:
         """Token ids of these rows, (len(index), block + 1), int64."""
         found = torch.from_numpy(self.table[index.numpy()].astype(np.int64))
         if len(found) and not 0 <= found.min() <= found.max() < self.vocab:
-            raise BadInput(f"the text holds token id {found.max()}; --vocab {self.vocab} ends at {self.vocab - 1}.")
+            raise BadInput(f"the text holds token id {found.max()}, the model has ids 0 to {self.vocab - 1}.")
         return found
-
-    @property
-    def background(self) -> Tensor:
-        """All background rows; training reads them one batch at a time."""
-        return self.rows(self.parts[3])
 
     def _stream(self, part: Tensor, first: int, last: int) -> Tensor:
         """Items first .. last - 1 of endlessly reshuffled epochs over these rows, (last - first, block + 1)."""
@@ -462,18 +455,21 @@ def measure(cfg: Config, text: Text, model: GPT) -> dict:
     own = cfg.k and cfg.strategy != "random"
     asked = cfg if own else replace(cfg, k=4, strategy="hash")
     drop, true = ~keep_mask(asked, canary), canary[:, P : cfg.block]  # (canaries, block), (canaries, block - P)
-    generated, right = extract(model, canary, P, cfg.block - P), model(canary[:, :-1]).argmax(dim=-1) == canary[:, 1:]
+    generated = torch.cat([extract(model, r, P, cfg.block - P) for r in canary.split(16)])  # never all logits at once
+    right = torch.cat([model(r[:, :-1]).argmax(dim=-1) == r[:, 1:] for r in canary.split(16)])  # (canaries, block)
     broke = first_divergence(generated, true)
     wrong = (broke < cfg.block - P).nonzero().flatten()
-    share = lambda mask: mask[wrong, P + broke[wrong] - 1].float().mean().item() if len(wrong) else None
-    placebo = [share(~keep_mask(replace(asked, h=h), canary)) for h in range(max(1, cfg.h - 8), cfg.h)]  # other hashes
+    mean = lambda hits: hits.float().mean().item() if len(hits) else None
+    share = lambda mask: mean(mask[wrong, P + broke[wrong] - 1])
+    other_hashes = [replace(asked, h=h, strategy="hash") for h in range(max(1, cfg.h - 8), cfg.h)]
+    placebo = [share(~keep_mask(c, canary)) for c in other_hashes]
     score = [mia_scores(model, r, [text.decode(i) for i in r.tolist()])["loss"] for r in (canary, other)]
     loss = sum(kept_loss(model(r[:, :-1]), r[:, 1:], r[:, 1:] >= 0).item() for r in held.split(16))  # of all targets
     return {
         "recited": (broke == cfg.block - P).float().mean().item(), "RougeL": rouge_l(generated, true).mean().item(),
         "first break": broke.float().mean().item(), "at dropped": share(drop) if own else None,
         "at placebo": sum(placebo) / len(placebo) if own and len(wrong) and placebo else None,
-        "right kept": right[~drop].float().mean().item(), "right dropped": right[drop].float().mean().item(),
+        "right kept": mean(right[~drop]), "right dropped": mean(right[drop]),
         "val loss": loss / held[:, 1:].numel(), f"AUC, n={len(canary)}": auc(*score),
         "survival": [(broke >= n).float().mean().item() for n in range(cfg.block - P + 1)],
     }  # fmt: skip
@@ -493,13 +489,14 @@ def judge(found: dict[str, dict]) -> tuple[bool, str]:
     plain, k4, k3, control = (found[name] for name in ("ordinary", "k=4", "k=3", "control"))
     gap = max(abs(f["val loss"] - plain["val loss"]) for f in (k4, k3))
     recited = plain["recited"] >= 0.9 and max(k4["recited"], k3["recited"]) <= 0.05
-    breaks = k4["at dropped"] == k3["at dropped"] == 1 and max(k4["at placebo"], k3["at placebo"]) <= 0.4
+    placebo = [f["at placebo"] for f in (k4, k3)]
+    breaks = k4["at dropped"] == k3["at dropped"] == 1 and None not in placebo and max(placebo) <= 0.4
     unseen = abs(k4["right dropped"] - control["right dropped"]) <= 0.05
     percent = lambda share: "-" if share is None else f"{share:.0%}"
     return recited and breaks and unseen and gap <= 0.1, (
         f"ordinary recites {plain['recited']:.2f} of the texts, k=4 {k4['recited']:.2f}, k=3 {k3['recited']:.2f}; "
         f"breaks at a dropped target {percent(k4['at dropped'])} and {percent(k3['at dropped'])}, at a placebo mask "
-        f"{percent(k4['at placebo'])} and {percent(k3['at placebo'])}; dropped targets right "
+        f"{percent(placebo[0])} and {percent(placebo[1])}; dropped targets right "
         f"{k4['right dropped']:.2f}, control {control['right dropped']:.2f}; validation loss within {gap:.3f}"
     )
 
@@ -523,11 +520,10 @@ def demo(cfg: Config, w: cluster.World) -> None:
     if cfg.quick:
         return w.print("quick: no verdict")
     holds, here = judge(found)
-    run.claim(
-        "text is recited after ordinary training, not after training with the goldfish loss, and each recitation "
-        "breaks at a dropped target", "84 of 100 articles recited, 0 of 100 with k = 4 (LLaMA-2-7B)", here, holds,
-        f"{cfg.canaries} texts of {cfg.block + 1} tokens shown {cfg.exposures} times, seed {cfg.seed}, {w.device.type}",
-    )  # fmt: skip
+    setting = f"{cfg.canaries} texts of {cfg.block + 1} tokens shown {cfg.exposures} times, seed {cfg.seed}"
+    run.claim("text is recited after ordinary training, not after training with the goldfish loss, and each recitation "
+              "breaks at a dropped target", "84 of 100 articles recited, 0 of 100 with k = 4 (LLaMA-2-7B)", here, holds,
+              f"{setting}, {w.device.type}")  # fmt: skip
 
 
 def draw(found: dict, axis) -> None:
@@ -551,7 +547,9 @@ def train(cfg: Config, w: cluster.World) -> None:
 
 def windows(cfg: Config, name: str) -> Tensor:
     """The first rows of a file as a real model reads them, each behind its start-of-text token: (rows, T)."""
-    ids, start = encoded(cfg, corpus(name))[0], open_weights(cfg.model).tokenizer().encode("").ids
+    if isinstance(text := corpus(name), np.ndarray):
+        raise BadInput(f"{name}: give text, the tokenizer of --model makes its own ids.")
+    ids, start = encoded(cfg, text)[0], open_weights(cfg.model).tokenizer().encode("").ids
     if (n := min(cfg.canaries, len(ids) // cfg.block)) == 0:
         raise BadInput(f"{name} has {len(ids)} tokens and --block {cfg.block} needs as many. Ask fewer.")
     return torch.cat([torch.tensor([start] * n).long(), torch.from_numpy(ids)[: n * cfg.block].view(n, -1)], dim=1)
@@ -581,10 +579,12 @@ def audit(cfg: Config, w: cluster.World) -> None:
         model, decode = start_model(cfg), open_weights(cfg.model).tokenizer().decode
         groups = [(n, windows(cfg, n), n in cfg.data) for n in (*cfg.data, *cfg.nonmembers) if n != "none"]
     else:
-        if cfg.data != ("docs",) or cfg.nonmembers != ("none",):
-            raise BadInput("--data and --nonmembers go with --model; a run of ours is examined on its own canaries")
+        if any(getattr(cfg, n) != getattr(Config, n) for n in ("data", "nonmembers", "block", "canaries")):
+            raise BadInput("--data, --nonmembers, --block, --canaries go with --model; a run has canaries of its own")
         cfg, state = loop.opened(f"{cfg.out}/checkpoint.pt", cfg, "beams", "nonmembers")
         text, model = Text(cfg), start_model(cfg)
+        if text.crc != state["facts"]["same"]["text"]:
+            raise BadInput(f"the text of the run in {cfg.out} has changed since: its canaries are lost. Train again.")
         model.load_state_dict(state["model"])
         groups = [("canaries", text.canary[:, :-1], True), ("held out", text.nonmember[:, :-1], False)]
         decode = text.decode
@@ -635,10 +635,10 @@ def bench(cfg: Config, w: cluster.World) -> None:
     seconds = report.timed(calls, w.device, repeats=20 if cuda else 5)
     rows = [[name, *(1e3 * t for t in (*seconds[name], cases[name][1])),
              report.peak_bytes(calls[name], w.device) / 2**20 if cuda else "-"] for name in cases]  # fmt: skip
-    title, head = f"{report.device_name(w.device)}, {dtype}, B={B} L={L} C={C} V={V} k={k}", "case ms +- floor_ms MiB"
-    w.print(title + "\n" + report.table(head.split(), rows))
+    title, names = f"{report.device_name(w.device)}, {dtype}, B={B} L={L} C={C} V={V} k={k}", "case ms +- floor_ms MiB"
+    w.print(title + "\n" + report.table(names.split(), rows))
     if w.main:
-        report.write_json(f"{cfg.out}/bench.json", {"title": title, "head": head.split(), "rows": rows})
+        report.write_json(f"{cfg.out}/bench.json", {"title": title, "head": names.split(), "rows": rows})
 
 
 def main(cfg: Config) -> None:
