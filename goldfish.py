@@ -102,13 +102,13 @@ def kept_loss(logits: Tensor, targets: Tensor, keep: Tensor) -> Tensor:
 def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, keep: Tensor, chunk: int = 2048) -> Tensor:
     """kept_loss of the logits hidden (B, L, C) @ head (V, C)^T, for 6 (1 - 1/k) B L C V FLOP instead of 6 B L C V.
 
-    The mask depends on the tokens alone. So it is made on the CPU beside the batch, and every rank knows |G| of the
-    whole step without asking the others."""
-    x, y, head = hidden[keep], targets[keep].long(), head.to(hidden.dtype)  # (n, C), (n,)
+    The mask depends on the tokens alone, so every rank knows |G| of the whole step without asking the others."""
+    kind = hidden.device.type  # torch 2.13's function does not follow autocast by itself
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    x, y, W = hidden[keep].to(dtype), targets[keep].long(), head.to(dtype)  # (n, C), (n,), (V, C)
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13: chunked; summed here, since it would round a bf16 sum
-        options = nn.LinearCrossEntropyOptions()
-        return F.linear_cross_entropy(x, head, y, reduction="none", options=options).float().sum()
-    part = lambda a, b: F.cross_entropy(F.linear(a, head).float(), b, reduction="sum")
+        return F.linear_cross_entropy(x, W, y, reduction="none", options=nn.LinearCrossEntropyOptions()).float().sum()
+    part = lambda a, b: F.cross_entropy(F.linear(a, W).float(), b, reduction="sum")
     parts = zip(x.split(chunk), y.split(chunk), strict=True)
     return sum(checkpoint(part, a, b, use_reentrant=False) for a, b in parts)  # logits are made twice, kept never
 
