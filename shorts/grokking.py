@@ -175,9 +175,9 @@ def fit_scale(alpha: Tensor, lam: Tensor, t: Tensor) -> tuple[float, Tensor, Ten
     """alpha (A,), lam (L,), times t (A, L) -> the constant alpha_c of t = log(alpha / alpha_c) / lambda that fits best,
     t over that law (A, L), and the slope of lambda t in log(alpha) for each lambda (L,), which is 1 in theory."""
     x, clock = alpha.log(), lam * t
-    scale = (x[:, None] - clock).mean().exp().item()
+    shift = (x[:, None] - clock).mean()  # log alpha_c; minus infinity if a run never gets there
     slope = ((x - x.mean())[:, None] * clock).sum(dim=0) / ((x - x.mean()) ** 2).sum()
-    return scale, clock / (x - math.log(scale))[:, None], slope
+    return shift.exp().item(), clock / (x - shift)[:, None], slope
 
 
 def judge(cfg: Config, found: list[dict]) -> tuple[list[list], float]:
@@ -210,7 +210,7 @@ def draw(found: list[dict], scale: float, axis) -> None:
             i, j = alphas.index(r["alpha"]), lams.index(r["lambda"])
             label = f"alpha {r['alpha']:g}" if j == 0 else None
             axis.plot(clock, r["accuracy"], ("-", "--", ":")[j % 3], color=f"C{i}", label=label)
-            axis.axvline(math.log(r["alpha"] / scale), color=f"C{i}", lw=0.5)
+            axis.axvline(math.log(r["alpha"] / scale) if scale else 0, color=f"C{i}", lw=0.5)
         elif name in (style := {"no decay": "-", "kernel": ":", "misgrok": "-."}):
             axis.plot(clock, r["accuracy"], style[name], color="0.5", label=name)
     axis.set(xlabel="lambda t (vertical lines: log(alpha / alpha_c))", ylabel="test accuracy", ylim=(0.4, 1.02))
@@ -231,10 +231,10 @@ def main(cfg: Config) -> None:
         cells = [[r["run"], *("-" if r[c] == math.inf else f"{r[c]:.4g}" for c in columns)] for r in found]
         w.print(report.table(["run", *columns], cells) + "\n")
         rows, scale = judge(cfg, found)
-        w.print(report.table(["check", "number", "", "bar", "met"], rows) + "\n")
         w.print(report.picture(f"{cfg.out}/grokking.png", lambda _, axis: draw(found, scale, axis), figsize=(9, 4)))
         if cfg.quick:
             return w.print("quick: no verdict")
+        w.print("\n" + report.table(["check", "number", "", "bar", "met"], rows) + "\n")
         run.claim(
             "large start, small decay: test accuracy rises at log(alpha / alpha_c) / lambda, one alpha_c for all runs",
             "training is trapped at the kernel's rule for long, then turns sharply to the rule of smallest norm",
