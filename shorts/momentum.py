@@ -188,12 +188,14 @@ def draw(paths: list[dict], rows: list[dict], axes) -> None:
     for name, look in (("momentum", "o-"), ("other minibatches", "s-"), ("gamma = eta", "x--")):
         left.plot(eta, [r[name] for r in paths], look, label=name)
     left.set(xscale="log", yscale="log", xlabel="eta", ylabel="distance from SGD, in parameters", ylim=(1e-3, 10))
+    left.minorticks_off()
+    left.set_xticks(eta, [f"1/{round(1 / e)}" for e in eta])
     left.legend(frameon=False)
     for i, r in enumerate(rows):
         for name, errors, look in zip(("SGD", "SGDM"), r["errors"], ("-", "--"), strict=True):
             right.plot(r["grid"], errors, look, color=f"C{i}", label=f"batch {r['batch']}, {name}")
-    top = 2 * max(r["errors"][0][0] for r in rows)
-    right.set(xscale="log", yscale="log", xlabel="eta, peak of a linear decay", ylabel="error", ylim=(None, top))
+    low, top = 0.8 * min(r["SGDM"] for r in rows), 2 * max(r["errors"][0][0] for r in rows)
+    right.set(xscale="log", yscale="log", xlabel="eta, peak of a linear decay", ylabel="error", ylim=(low, top))
     right.legend(frameon=False, fontsize=8)
 
 
