@@ -8,7 +8,7 @@ Here     The claim we check: on noisy least squares, the mean over the second ha
 Differs  The learning rate is constant, and the mean starts at half of the run.
 
     python shorts/TEMPLATE.py                                           # laptop, 5 s
-    python shorts/TEMPLATE.py --quick                                   # fewer steps, no verdict
+    python shorts/TEMPLATE.py --quick                                   # a tenth of the steps, no verdict
     torchrun --nproc-per-node 2 shorts/TEMPLATE.py                      # each process trains half of the runs
 
 Expect   "excess loss 0.025 for the mean" on CPU with seed 0, for 1 or 2 processes.
@@ -18,14 +18,13 @@ Writes   results/TEMPLATE/: metrics.jsonl, claim.json, TEMPLATE.png
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from common import cli, cluster, report
 
 # %% the method
 
 
-def running_mean(mean: Tensor, x: Tensor, n: int) -> Tensor:
+def running_mean(mean: torch.Tensor, x: torch.Tensor, n: int) -> torch.Tensor:
     """The mean of n iterates, from the mean of the first n - 1 of them and the newest, x. All have one shape."""
     return mean + (x - mean) / n
 
@@ -45,7 +44,7 @@ class Config:
 # %% the experiment
 
 
-def train(cfg: Config, w: cluster.World, noise: float) -> Tensor:
+def train(cfg: Config, w: cluster.World, noise: float) -> torch.Tensor:
     """Excess loss of the last iterate and of the mean after every step, averaged over 64 runs: (steps, 2)."""
     steps = cfg.steps // 10 if cfg.quick else cfg.steps
     solution = torch.randn(64, 20, generator=cluster.generator(cfg.seed)).double()[
@@ -62,31 +61,31 @@ def train(cfg: Config, w: cluster.World, noise: float) -> Tensor:
     return cluster.total(torch.stack(losses)) / 64
 
 
-def judge(noisy: Tensor, clean: Tensor) -> bool:
-    """The claim, from the end losses (last iterate, mean) with noise and without it."""
-    return bool(noisy[1] <= noisy[0] / 5 and clean[1] > clean[0])
+def judge(last: float, mean: float, last_clean: float, mean_clean: float) -> bool:
+    """The claim, from the end losses of the last iterate and of the mean, with noise and without it."""
+    return mean <= last / 5 and mean_clean > last_clean
 
 
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:  # more processes give the same numbers
         run = report.Run(cfg.out, cfg, w)
         noisy, clean = (train(cfg, w, noise) for noise in (1.0, 0.0))  # (steps, 2) each
-        here = f"excess loss {noisy[-1, 1]:.3f} for the mean, {noisy[-1, 0]:.3f} for the last iterate"
-        run.log(last=noisy[-1, 0], mean=noisy[-1, 1], last_clean=clean[-1, 0], mean_clean=clean[-1, 1])
-        w.print(f"{here}; without noise {clean[-1, 1]:.1e} and {clean[-1, 0]:.1e}")
+        last, mean, last_clean, mean_clean = ends = torch.cat([noisy[-1], clean[-1]]).tolist()
+        here = f"excess loss {mean:.3f} for the mean, {last:.3f} for the last iterate"
+        w.print(f"{here}; without noise {mean_clean:.1e} and {last_clean:.1e}")
+        run.log(last=last, mean=mean, last_clean=last_clean, mean_clean=mean_clean)
 
         def draw(figure, axis):
-            axis.plot(noisy, label=("last iterate", "mean since half of the run"))
+            axis.legend(axis.plot(noisy), ("last iterate", "mean since half of the run"), frameon=False)
             axis.set(xlabel="step", ylabel="excess loss, with noise", yscale="log")
-            axis.legend(frameon=False)
 
         if w.main:
             w.print(report.picture(f"{cfg.out}/TEMPLATE.png", draw, figsize=(7, 4)))
         if cfg.quick:
             return w.print("quick: no verdict")
         run.claim("the mean of SGD's iterates has a fifth of the last iterate's loss, where there is noise",
-                  "averaging reaches the best rate of convergence that noise allows", here,
-                  judge(noisy[-1], clean[-1]), f"64 runs, {cfg.steps} steps, seed {cfg.seed}")  # fmt: skip
+                  "averaging achieves the highest possible rate of convergence", here, judge(*ends),
+                  f"64 runs, {cfg.steps} steps, seed {cfg.seed}")  # fmt: skip
 
 
 if __name__ == "__main__":
