@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from common import cli, cluster
 from shorts import grokking as G
 
-g = torch.Generator().manual_seed(1)
-zx, lam = torch.randn(5, 4, generator=g).double(), torch.tensor([0.1, 0.3]).double()
+zx, lam = torch.randn(5, 4, generator=(g := cluster.generator(1))).double(), torch.tensor([0.1, 0.3]).double()
 u, v = torch.rand(2, 2, 4, generator=g).double().requires_grad_()
 
 
@@ -20,11 +19,9 @@ def test_velocity_is_minus_the_gradient_of_net_and_of_kernel_machine():
     torch.testing.assert_close(G.velocity(u, v, G.pull(w, zx), lam, at), torch.autograd.grad(-loss.sum(), (u, v)))
 
 
-def test_start_is_zero_with_norm_alpha_and_the_product_decays_as_the_theory_says():
-    alpha = torch.tensor([2.0, 3.0]).double()
-    u, v = G.start(alpha, 4)
+def test_start_has_norm_alpha_and_the_product_decays_as_the_theory_says():
+    u, v = G.start(alpha := torch.tensor([2.0, 3.0]).double(), 4)
     torch.testing.assert_close((u**2 + v**2).sum(1).sqrt(), alpha)
-    assert G.predictor(u, v).abs().max() == 0
     product = u * v
     for _ in range(2_000):  # steps of 5e-4, to time 1
         du, dv = G.velocity(u, v, G.pull(G.predictor(u, v), zx), lam, (u, v))
@@ -50,11 +47,14 @@ def test_fit_finds_the_constant_and_the_slope():
 
 
 def test_verdict_holds_and_falls_with_kernel_machines_for_nets_or_a_time_off():
-    cfg, holds = G.Config(alpha=(32.0, 128.0), lam=(0.01,)), lambda x: all(r[-1] for r in G.judge(cfg, x)[0])
+    cfg, two = (G.Config(alpha=(32.0, 128.0), lam=lam) for lam in ((0.01,), (0.01, 0.001)))
+    holds = lambda found, cfg=cfg: all(r[-1] for r in G.judge(cfg, found)[0])
     with cluster.world("cpu") as w:
         found = G.experiment(cfg, w)
     assert holds(found), G.judge(cfg, found)
     assert not holds([r | {"t*": 1.3 * r["t*"]} if r["alpha"] == 128 else r for r in found])
+    late = [x for r in found for x in ([r, r | {"t*": 10 * r["t*"] - 800}] if r["run"] == "net" else [r])]
+    assert not holds(late, two)  # the second lambda has the right slope and another constant
     kernel = {k: r for r in found if r["run"] == "kernel" for k in r if k not in ("run", "alpha", "lambda")}
     assert not holds([r | {k: x[k] for k, x in kernel.items()} if r["run"] == "net" else r for r in found])
     pytest.raises(cli.BadInput, G.Config, alpha=(8.0,))
