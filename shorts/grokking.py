@@ -76,7 +76,7 @@ class Config:
     d: int = opt(2000, "inputs")
     n: int = opt(100, "training rows; 1000 more are for testing")
     gamma: float = opt(4.5, "distance between the classes of the misgrokking data")
-    quick: bool = opt(False, "two scales and one decay, no verdict")
+    quick: bool = opt(False, "two scales, one decay and half the inputs, no verdict")
     seed: int = opt(0, "seed of the data")
     out: str = opt("results/grokking", "folder of what the run writes")
 
@@ -223,7 +223,7 @@ def main(cfg: Config) -> None:
             raise BadInput("this experiment runs on one process: start it by python, without torchrun")
         run = report.Run(cfg.out, cfg, w)
         if cfg.quick:
-            cfg = replace(cfg, alpha=(32.0, 128.0), lam=(0.01,))
+            cfg = replace(cfg, alpha=(32.0, 128.0), lam=(0.01,), d=1000)
         found = experiment(cfg, w)
         for r in found:
             run.log(**{key: None if value == math.inf else value for key, value in r.items()})

@@ -141,7 +141,7 @@ def trajectories(cfg: Config, teacher: Teacher, w: cluster.World) -> list[dict]:
         torch.tensor([0.0, cfg.beta, cfg.beta]),
         *((cfg.seed, *x) for x in ((2,), (3, 0), (3, 1))),
     )
-    for eta in (2.0**-i for i in range(5, 8 if cfg.quick else 10)):
+    for eta in (2.0**-i for i in range(5, 7 if cfg.quick else 10)):
         steps, etas = round(cfg.horizon / eta), torch.tensor([eta, eta, eta / (1 - cfg.beta)])
         runs = train(teacher, etas, beta, cfg.pairs, B, steps, False, (starts, data), w)
         other = train(teacher, etas[:1], beta[:1], cfg.pairs, B, steps, False, (starts, others), w)
@@ -205,7 +205,7 @@ def main(cfg: Config) -> None:
             raise BadInput("this experiment runs on one process: start it by python, without torchrun")
         run, teacher = report.Run(cfg.out, cfg, w), Teacher(cfg)
         if cfg.quick:
-            cfg = replace(cfg, steps=(200, 50), replicates=1, pairs=4)
+            cfg = replace(cfg, steps=(100, 25), replicates=1)
         paths, rows = trajectories(cfg, teacher, w), tuned(cfg, teacher, w)
         for r in paths + rows:
             run.log(**r)

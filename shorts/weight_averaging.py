@@ -15,7 +15,7 @@ Differs  - A perceptron of 58 k weights predicts a character of Python's sources
          - The target is the raw weights' lowest loss at a constant rate, not AlgoPerf's.
 
     python shorts/weight_averaging.py                                   # laptop, 40 s
-    python shorts/weight_averaging.py --quick                           # a tenth of the steps, no verdict
+    python shorts/weight_averaging.py --quick                           # 100 steps, no verdict
     python shorts/weight_averaging.py --k 10                            # a shorter mean
 
 Expect   "28% fewer steps at a constant rate" on CPU with seed 0.
@@ -107,7 +107,7 @@ class Config:
     lr_annealed: float = opt(7e-3, "peak of the run annealed to 0")
     lr_both: float = opt(5e-3, "peak of the run annealed to 0.3 of it")
     warmup: float = opt(0.05, "part of the run with a linear warm-up")
-    quick: bool = opt(False, "a tenth of the steps, no verdict")
+    quick: bool = opt(False, "100 steps, no verdict")
     seed: int = opt(0, "seed of the weights, the batches and the test rows")
     out: str = opt("results/weight_averaging", "folder of what the run writes")
 
@@ -209,7 +209,7 @@ def main(cfg: Config) -> None:
             raise BadInput("this experiment runs on one process: start it by python, without torchrun")
         run, rows = report.Run(cfg.out, cfg, w), data(cfg)
         if cfg.quick:
-            cfg = replace(cfg, steps=160, checkpoints=20, k=8)
+            cfg = replace(cfg, steps=100, checkpoints=20, k=8)
         runs = {
             f"constant {cfg.lr_constant:g}": (cfg.lr_constant, 1.0),
             f"{cfg.lr_annealed:g} annealed to 0": (cfg.lr_annealed, 0.0),
