@@ -1,6 +1,6 @@
 """Local SGD with the quadratic synchronization rule: the lower the learning rate, the more rarely workers talk.
 
-Paper    Gu, Lyu, Arora, Huang and Zhang, "A Quadratic Synchronization Rule for Distributed Deep Learning", ICLR 2024,
+Paper    Gu, Lyu, Arora, Zhang and Huang, "A Quadratic Synchronization Rule for Distributed Deep Learning", ICLR 2024,
          arXiv:2310.14423.
 Idea     Each of K workers takes H optimizer steps on its own, then all average their weights. Steps at a low learning
          rate move the workers apart only little, so H may grow as the rate falls: H = max(H_base, (alpha / eta)^2).

@@ -18,7 +18,7 @@ Differs  - A perceptron of 58 k weights predicts a character of Python's sources
     python shorts/weight_averaging.py --quick                           # 100 steps, no verdict
     python shorts/weight_averaging.py --k 10                            # a shorter mean
 
-Expect   "28% fewer steps at a constant rate" on CPU with seed 0.
+Expect   "fewer steps at a constant rate", about 30 % of them, on CPU with seed 0. Processors round differently.
 Writes   results/weight_averaging/: metrics.jsonl, claim.json, weight_averaging.png
 """
 

@@ -54,6 +54,7 @@ def test_rounds_of_one_step_are_data_parallel_sgd():
 
 def test_verdict_falls_when_the_control_takes_the_rules_place():
     row = lambda n, loss: {"all-reduces": n, "test loss": loss}
-    found = {"data parallel": row(2000, 1.82), "data parallel, rate 1": row(2000, 1.83), "constant H": row(429, 1.84)}
-    verdict = lambda n, loss: m.judge(m.Config(), found | {"QSR": row(n, loss)})[0]
-    assert verdict(429, 1.82) and not verdict(429, 1.84) and not verdict(501, 1.82) and not verdict(429, 4.16)
+    rest = {"data parallel": row(2000, 1.82), "data parallel, rate 1": row(2000, 1.83)}
+    verdict = lambda ours, constant: m.judge(m.Config(), rest | {"QSR": ours, "constant H": constant})[0]
+    assert verdict(row(429, 1.82), row(429, 1.9)) and not verdict(row(429, 1.84), row(429, 1.9))
+    assert not verdict(row(501, 1.82), row(501, 1.9)) and not verdict(row(429, 1.82), row(429, 1.82))
