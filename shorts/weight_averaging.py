@@ -6,9 +6,9 @@ Paper    Kaddour, "Stop Wasting My Time! Saving Days of ImageNet and BERT Traini
 Idea     At a high learning rate the weights circle around a good point, and each checkpoint misses it in another
          direction. Their mean lies nearer to it. Training itself never sees the mean.
 Here     The claim we check: at the constant rate that is best for raw weights, the mean of the last checkpoints reaches
-         their lowest test loss in at least 12 % fewer steps. Control: a run whose rate falls to 0, where little circles
-         and the mean should save nothing. Beside it: an exponential moving average of the same mean age, the loss for
-         every k, and annealing with averaging. The paper finds both together best; at this size it is not so.
+         their lowest test loss in at least 12 % fewer steps. Beside it: a run whose rate falls to 0, where the mean
+         saves nothing, because little circles there; an exponential moving average of the same mean age; the loss for
+         every k; annealing with averaging. The paper finds both together best; at this size it is not so.
 Differs  - A perceptron of 58 k weights predicts a character of Python's sources from the eight before it, for the seven
            workloads of AlgoPerf. AdamW, not NadamW.
          - The mean spans 40 % of a run of 3000 steps. The papers' runs are far longer.
