@@ -12,7 +12,7 @@ Differs  - A two-layer net learns a teacher from noisy samples, for ResNet-50 on
          - We measure distances with shared minibatches, where the theorem has expectations of test functions.
          - The largest batch is 512. The long horizon and SVAG are left out.
 
-    python shorts/momentum.py                                           # laptop, 60 s
+    python shorts/momentum.py                                           # laptop, half a minute
     python shorts/momentum.py --quick                                   # shorter runs, no verdict
 
 Expect   "SGDM leaves SGD with order 1.06 in eta, other minibatches with 0.56" on CPU with seed 0.
