@@ -329,7 +329,7 @@ def test_bad_input(argv, message, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.drill
 def test_kill_and_resume_on_another_number_of_ranks(tmp_path):
-    argv = ["goldfish.py", "train", *FLAGS, "--steps", "200", "--resume", "--out"]
+    argv = ["goldfish.py", "train", *FLAGS, "--steps", "80", "--resume", "--out"]
     finish(start_ranks(2, *argv, f"{tmp_path}/whole"))
     ranks, checkpoint, deadline = start_ranks(2, *argv, f"{tmp_path}/cut"), tmp_path / "cut/checkpoint.pt", time.time()
     while not checkpoint.exists() and time.time() < deadline + 120:
@@ -337,10 +337,10 @@ def test_kill_and_resume_on_another_number_of_ranks(tmp_path):
     kill(ranks, signal.SIGKILL)
     step = cluster.load(checkpoint)["facts"]["step"]
     done = run_script(*argv, f"{tmp_path}/cut")
-    assert step < 200 and done.returncode == 0 and f"going on after step {step}" in done.stdout
+    assert step < 80 and done.returncode == 0 and f"going on after step {step}" in done.stdout
     a, b = ([x for x in metrics(tmp_path / name) if "step" in x] for name in ("whole", "cut"))
-    assert [x["step"] for x in a] == [x["step"] for x in b] == list(range(1, 201))
-    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], abs=2e-3)
+    assert [x["step"] for x in a] == [x["step"] for x in b] == list(range(1, 81))
+    assert [x["loss"] for x in a] == pytest.approx([x["loss"] for x in b], abs=5e-3)  # Adam amplifies rounding
 
 
 @pytest.mark.drill
