@@ -332,13 +332,13 @@ VALIDATION, GRAM = 64, 13  # rows; tokens that a canary may share with no other 
 shuffled = functools.lru_cache(4)(lambda n, *seed: torch.randperm(n, generator=cluster.generator(*seed)))  # of rows
 
 
-def unique_rows(table: np.ndarray) -> Tensor:
-    """True for rows (n, L) of which no GRAM neighbouring tokens stand a second time in the table, (n,)."""
+def repeated(table: np.ndarray) -> Tensor:
+    """Share of a row's runs of GRAM tokens that stand in the table a second time: rows (n, L) -> (n,)."""
     size, value = min(GRAM, table.shape[1]), 0
     for i in range(size):  # a polynomial of the tokens, wrapping at 2^64
         value = value * 6364136223846793005 + table[:, i : table.shape[1] - size + 1 + i].astype(np.uint64) + 1
     _, which, count = np.unique(value, return_inverse=True, return_counts=True)
-    return torch.from_numpy((count[which].reshape(value.shape) == 1).all(axis=1))
+    return torch.from_numpy((count[which].reshape(value.shape) > 1).mean(axis=1))
 
 
 def encoded(cfg: Config, text: str) -> tuple[np.ndarray, object]:
@@ -353,7 +353,7 @@ def encoded(cfg: Config, text: str) -> tuple[np.ndarray, object]:
 class Text:
     """The corpus as rows of block + 1 tokens, split by the seed: canaries, non-members, validation, background.
 
-    A text in memory gives canaries that share no 13 tokens with another row. A .npy file is never read whole."""
+    Canaries are rows that share fewest runs of 13 tokens with others: none in the demo. A .npy is not read whole."""
 
     def __init__(self, cfg: Config):
         text, self.seed, width = corpus(cfg.data), cfg.seed, cfg.block + 1
@@ -361,15 +361,15 @@ class Text:
         self.vocab = cfg.vocab if cfg.model in ("", "tinyllama") else open_weights(cfg.model).config["vocab_size"]
         n, held = len(ids) // width, 2 * cfg.canaries + VALIDATION
         self.table = ids[: n * width].reshape(n, width)
-        self.crc = zlib.crc32(self.table[: 2**16].tobytes())
+        self.crc = zlib.crc32(self.table[: 2**10].tobytes())
         order, need = shuffled(n, cfg.seed, 1), held + (cfg.canaries * cfg.exposures < cfg.steps * cfg.batch)
-        if isinstance(text, str):  # canaries and held-out rows without a near-copy go first
-            alone = unique_rows(self.table)[order].nonzero().flatten()[: 2 * cfg.canaries]
-            rest = torch.ones(n, dtype=torch.bool).index_fill(0, alone, False)
-            order, n = torch.cat([order[alone], order[rest]]), n if len(alone) == 2 * cfg.canaries else 0
         if n < need:
-            what = f"{need} rows of {width} tokens, {2 * cfg.canaries} of them without a near-copy"
-            raise BadInput(f"the text is too small: {what} are needed, it has {len(ids)} tokens. Lower --canaries.")
+            what = f"{need} rows of {width} tokens are needed, it has {len(ids)} tokens"
+            raise BadInput(f"the text is too small: {what}. Add text or lower --canaries.")
+        if isinstance(text, str):  # canaries and held-out rows, of all rows the least repeated ones, go first
+            alone = repeated(self.table)[order].argsort(stable=True)[: 2 * cfg.canaries]
+            rest = torch.ones(n, dtype=torch.bool).index_fill(0, alone, False)
+            order = torch.cat([order[alone], order[rest]])
         self.parts = order.split([cfg.canaries, cfg.canaries, VALIDATION, n - held])
         self.canary, self.nonmember, self.validation = map(self.rows, self.parts[:3])  # (rows, block + 1) each
 
@@ -507,7 +507,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     text, run, found = Text(cfg), report.Run(cfg.out, cfg, w), {}
     for name in ("ordinary", "k=4", "control") if cfg.quick else RUNS:
         changes, batches = RUNS[name]
-        factor = changes.get("steps", 1)
+        factor = changes.get("steps", 1) * (2 / 3 if cfg.quick else 1)
         c = replace(cfg, **changes | {"steps": round(cfg.steps * factor), "exposures": round(cfg.exposures * factor)})
         found[name] = measure(c, text, train_model(c, text, w, run, name, **batches))
         run.log(measured=name, **found[name])
@@ -577,7 +577,7 @@ def audit(cfg: Config, w: cluster.World) -> None:
     """The same attack on any model: what it recites by beam search, and who looks like a member."""
     if cfg.model:
         model, decode = start_model(cfg), open_weights(cfg.model).tokenizer().decode
-        groups = [(n, windows(cfg, n), n in cfg.data) for n in (*cfg.data, *cfg.nonmembers) if n != "none"]
+        groups = [(n, windows(cfg, n), n in cfg.data) for n in (*cfg.data, *(m for m in cfg.nonmembers if m != "none"))]
     else:
         if any(getattr(cfg, n) != getattr(Config, n) for n in ("data", "nonmembers", "block", "canaries")):
             raise BadInput("--data, --nonmembers, --block, --canaries go with --model; a run has canaries of its own")
@@ -604,7 +604,7 @@ def audit(cfg: Config, w: cluster.World) -> None:
 def bench(cfg: Config, w: cluster.World) -> None:
     """The loss, forward and backward, against PyTorch's own: time, memory on a GPU, and the floor beside them."""
     cuda, k, g = w.device.type == "cuda", cfg.k or 4, cluster.generator(cfg.seed)
-    B, L, C, V, dtype = (16, 1024, 2048, 128256, torch.bfloat16) if cuda else (2, 1024, 256, 32768, torch.float32)
+    B, L, C, V, dtype = (16, 1024, 2048, 128256, torch.bfloat16) if cuda else (1, 1024, 256, 16384, torch.float32)
     hidden = torch.randn(B, L, C, generator=g).to(w.device, dtype).requires_grad_()
     head = (torch.randn(V, C, generator=g) / math.sqrt(C)).to(w.device, dtype).requires_grad_()
     y = torch.randint(1, V, (B, L), generator=g).to(w.device)

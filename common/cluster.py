@@ -121,7 +121,7 @@ def newest(path: str | Path, fault: Callable[[Path], str]) -> Path:
     """
     found, faults = [p for p in (Path(path), Path(f"{path}.previous")) if p.exists()], []
     if not found:
-        raise FileNotFoundError(f"no checkpoint at {path}. Train without --resume first, or pass the right --out.")
+        raise FileNotFoundError(f"no checkpoint at {path}. Train first, or pass the right --out.")
     for p in found:
         if not (wrong := fault(p)):
             if faults and (not dist.is_initialized() or dist.get_rank() == 0):

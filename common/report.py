@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common.cli import BadInput
 from common.cluster import World
 
 
@@ -53,6 +54,8 @@ class Run:
         self.out, self.w, self.start, self.line = Path(out), w, time.perf_counter(), {}
         self.path, self.mode = self.out / "metrics.jsonl", asdict(cfg).get("mode", "demo")
         if w.main:
+            if self.out.is_file():
+                raise BadInput(f"--out {out} is a file. Pass the name of a folder.")
             self.out.mkdir(parents=True, exist_ok=True)
             if old := _lines(self.path):
                 os.replace(self.path, self.path.with_suffix(f".{old[0]['config'].get('mode', 'demo')}.jsonl"))

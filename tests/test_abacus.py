@@ -619,7 +619,7 @@ def test_one_check_costs_nothing_when_it_cannot_fail():
 
 def test_bad_command_lines(tmp_path):
     for over, message in (
-        ({"resume": True}, "Train without --resume first"),
+        ({"resume": True}, "Train first"),
         ({"batch": 97}, "--batch 97 does not divide over 1 processes x --buckets 4"),
         ({"max_offset": 200}, "needs row 208 but the table has 128 rows"),
     ):

@@ -109,7 +109,7 @@ def test_generator_streams_differ():
 
 def test_checkpoint_survives_damage(tmp_path, capsys):
     path = tmp_path / "checkpoint.pt"
-    with pytest.raises(FileNotFoundError, match="Train without --resume first"):
+    with pytest.raises(FileNotFoundError, match="Train first"):
         cluster.load(path)
     for step in (1, 2):
         cluster.save(path, {"step": step, "w": torch.full((1000,), float(step))})

@@ -312,7 +312,7 @@ def test_verdict():
         ("train --h 16 --window context", "Give --block 17 or more"),
         ("train --accum 3", "does not divide over 1 processes x --accum 3"),
         ("audit --canaries 5", "go with --model"),
-        ("audit", "Train without --resume first"),
+        ("audit", "Train first"),
     ],
 )
 def test_bad_input(argv, message, tmp_path, monkeypatch, capsys):
