@@ -18,8 +18,8 @@ from common.cluster import World
 
 def progress(steps: Iterable, what: str, w: World, total: int | None = None, first: int = 0) -> tqdm:
     """A progress bar over `steps`, on rank 0 of a terminal only, so that log files stay free of it."""
-    look = {"disable": None if w.main else True, "leave": False, "dynamic_ncols": True}
-    return tqdm(steps, desc=what, total=total, initial=first, **look)
+    off = None if w.main else True
+    return tqdm(steps, desc=what, total=total, initial=first, disable=off, leave=False, dynamic_ncols=True)
 
 
 def revision() -> str:
@@ -40,8 +40,8 @@ def write_json(path: str | Path, value) -> None:
 
 def _lines(path: Path) -> list[dict]:
     """The complete lines of a metrics file; a killed run may have left half of one at its end."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}\n")]
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
 
 
 class Run:
@@ -150,11 +150,10 @@ def peak_bytes(fn: Callable, device: torch.device) -> int:
     """Most bytes of GPU memory that fn() held at once beyond what was held before; 0 on a CPU, where nobody counts."""
     if device.type != "cuda":
         return 0
-    synchronize(device)
+    torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     fn()
-    synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
 
