@@ -73,14 +73,14 @@ def goldfish_mask(
         raise ValueError(f"targets must be rows of token ids (B, L), not {targets.dtype} {tuple(targets.shape)}")
     L, ahead = targets.shape[1], int(window == "context")
     if k < 2 or h < 1 or (strategy == "hash" and L < h + ahead):
-        raise ValueError(f"k = {k}, h = {h} drop everything or nothing of rows of {L}: need k >= 2 and 1 <= h < {L}")
+        raise ValueError(f"k = {k}, h = {h} drop everything or nothing of rows of {L}: need k >= 2 and 1 <= h <= {L - ahead}")
     if strategy == "static":
         return ((torch.arange(L, device=targets.device) + 1) % k == 0).expand_as(targets)
     if strategy == "random":
         return torch.rand(targets.shape, generator=generator).to(targets.device) < 1 / k
     product = targets.long().unfold(1, h, 1).prod(dim=2)  # (B, L - h + 1), wraps at 2^64
     drop = hash_table().to(targets.device)[product % len(hash_table())] < 1 / k
-    return F.pad(drop, (h - 1 + ahead, 0))[:, :L]  # the first ones have no full window and are kept
+    return F.pad(drop, (h - 1 + ahead, 0))[:, :L]  # shifted right: the first ones, without a window, are kept
 
 
 def goldfish_loss(logits: Tensor, targets: Tensor, k: int = 4, h: int = 13) -> Tensor:
@@ -129,7 +129,7 @@ def extract(model, rows: Tensor, n_prefix: int, n_suffix: int, beams: int = 1) -
         best, token = logits[:, -1].float().log_softmax(dim=-1).topk(min(beams, logits.shape[-1]))  # (B W, K)
         K, W = best.shape[1], score.shape[1]
         total = rearrange(score.flatten()[:, None] + best, "(b w) k -> b (w k)", b=len(rows))
-        score, pick = total.topk(min(beams, W * K))  # (B, W')
+        score, pick = total.topk(min(beams, W * K))  # (B, W'), pick = K beam + choice
         parent = (pick // K + W * torch.arange(len(rows), device=ids.device)[:, None]).flatten()
         new = token.reshape(len(rows), -1).gather(1, pick).reshape(-1, 1)  # (B W', 1)
         ids = torch.cat([ids[parent], new], dim=1)
@@ -426,12 +426,12 @@ def train_model(cfg: Config, text: Text, w: cluster.World, run: report.Run, what
         keep, loss = keep_mask(cfg, rows, step), 0.0
         count = keep.sum().clamp(min=1).item()  # |G|
         for i in range(cfg.accum):
-            mine = slice(w.rank + i * w.size, None, shards)
+            mine = slice(w.rank + i * w.size, None, shards)  # every shards-th row
             x, g = rows[mine].to(w.device), keep[mine].to(w.device)
             ddp.require_backward_grad_sync = i == cfg.accum - 1
             with torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
                 part = head_loss(ddp(x[:, :-1], hidden=True), model.lm_head.weight, x[:, 1:], g) / count
-            (part * w.size).backward()  # DDP averages over the ranks
+            (part * w.size).backward()  # DDP averages over the ranks, and we want the sum
             loss = loss + part.detach()
         done = (step - warmup) / max(1, cfg.steps - warmup)
         lr = cfg.lr * ((step + 1) / warmup if step < warmup else 0.55 + 0.45 * math.cos(math.pi * done))
@@ -460,7 +460,7 @@ def measure(cfg: Config, text: Text, model: GPT) -> dict:
     broke = first_divergence(generated, true)
     wrong = (broke < cfg.block - P).nonzero().flatten()
     mean = lambda hits: hits.float().mean().item() if len(hits) else None
-    share = lambda mask: mean(mask[wrong, P + broke[wrong] - 1])
+    share = lambda mask: mean(mask[wrong, P + broke[wrong] - 1])  # target i is token i + 1
     other_hashes = [replace(asked, h=h, strategy="hash") for h in range(max(1, cfg.h - 8), cfg.h)]
     placebo = [share(~keep_mask(c, canary)) for c in other_hashes]
     score = [mia_scores(model, r, [text.decode(i) for i in r.tolist()])["loss"] for r in (canary, other)]
