@@ -73,7 +73,7 @@ def goldfish_mask(
         raise ValueError(f"targets must be rows of token ids (B, L), not {targets.dtype} {tuple(targets.shape)}")
     L, ahead = targets.shape[1], int(window == "context")
     if k < 2 or h < 1 or (strategy == "hash" and L < h + ahead):
-        raise ValueError(f"k = {k}, h = {h} drop everything or nothing of rows of {L}: need k >= 2 and 1 <= h <= {L - ahead}")
+        raise ValueError(f"k = {k}, h = {h} drop all or nothing of rows of {L}: need k >= 2 and 1 <= h <= {L - ahead}")
     if strategy == "static":
         return ((torch.arange(L, device=targets.device) + 1) % k == 0).expand_as(targets)
     if strategy == "random":
