@@ -547,3 +547,180 @@ def train_model(cfg: Config, w: cluster.World, run, what: str, path: str = "", a
         optimizer.zero_grad(set_to_none=True)
         run.line = {"loss": loss.item() if alone else loss, "lr": group["lr"]}  # no tensor alone: nothing to sum
     return model
+
+
+# %% demo: the claim
+
+SHORT = {"digits": 3, "curriculum": 100, "lengths": (4, 5, 6)}
+RUNS = {  # row of the table -> its settings and its share of --steps
+    "Abacus, 8 digits": ({}, 1.0),
+    "NoPE": (SHORT | {"pos": "nope"}, 0.8),
+    "Abacus": (SHORT, 0.5),
+    "FIRE": (SHORT | {"pos": "fire"}, 0.8),
+    "Abacus, no injection": (SHORT | {"injection": "none"}, 0.5),
+    "Abacus + FIRE": (SHORT | {"pos": "abacus+fire"}, 0.5),
+}
+RIVALS, OURS = ("NoPE", "FIRE"), ("Abacus", "Abacus + FIRE")
+
+
+def judge(found: dict[str, dict]) -> tuple[bool, str]:
+    """(the claim holds, its numbers): bars fixed before the runs."""
+    far, rival = found["Abacus, 8 digits"]["exact"], {name: found[name]["exact"][4] for name in RIVALS}
+    ours = {name: found[name]["exact"][4] for name in OURS}
+    learned = all(found[name]["trained"] >= 0.95 for name in RIVALS + OURS)
+    holds = learned and max(rival.values()) <= 0.3 and min(ours.values()) >= 0.45 and far[10] >= 0.8
+    return holds, (
+        f"8 digits of training: 10+10 {far[10]:.2f}, 12+12 {far[12]:.2f}; 3 digits of training: 4+4 "
+        + ", ".join(f"{name} {share:.2f}" for name, share in (ours | rival).items())
+        + ("" if learned else "; not all of them learned their 3 digits")
+    )
+
+
+def row(cfg: Config, w: cluster.World, name: str) -> tuple[dict, list[dict]]:
+    """Train and examine one row of the table on this rank alone -> (what was found, lines for metrics.jsonl)."""
+    changes, share = RUNS[name]
+    c, lines, start = replace(cfg, **changes, steps=max(1, round(cfg.steps * share))), [], time.process_time()
+    run = SimpleNamespace(line={}, log=lambda **values: lines.append(values))  # collected, since rank 0 writes the file
+    model = train_model(c, w, run, name, alone=True)
+    found = examine(model, c, 16 if c.digits == 8 else c.digits)
+    return found | {"steps": c.steps, "cpu_seconds": time.process_time() - start}, lines
+
+
+def demo(cfg: Config, w: cluster.World) -> None:
+    """Train a model per row of RUNS, the ranks sharing the rows; print the tables, the picture and the claim."""
+    torch.set_num_threads(1)  # sums are rounded alike on any number of ranks
+    run, names, mine, every = report.Run(cfg.out, cfg, w), list(RUNS), {}, [None] * w.size
+    if cfg.quick:
+        names, cfg = ["NoPE", "Abacus"], replace(cfg, steps=cfg.steps // 2)
+    for name in names[w.rank :: w.size]:
+        mine[name] = row(cfg, w, name)
+    dist.all_gather_object(every, mine)
+    found, every = {}, {name: pair for part in every for name, pair in part.items()}
+    for name in names:
+        found[name], lines = every[name]
+        for line in lines:
+            run.log(**line)
+        run.log(measured=name, **found[name])
+    for digits in sorted({f["digits"] for f in found.values()}):
+        w.print("\n" + table({name: f for name, f in found.items() if f["digits"] == digits}))
+    if w.main:
+        w.print("\n" + report.picture(f"{cfg.out}/abacus.png", functools.partial(draw, found), ncols=2, figsize=(11, 4)))
+    if cfg.quick:
+        return w.print("quick: no verdict")
+    holds, here = judge(found)
+    run.claim(
+        "Abacus positions add numbers of 1.25 times the training length at less than 1/100000 of the paper's compute; "
+        "NoPE and FIRE, which learn the same 3 digits, fail at 4", "up to 99 % exact match at 100 digits after "
+        "training on up to 20", here, holds, f"{cfg.steps} steps of {cfg.batch} for 8 digits, seed {cfg.seed}, {w.device.type}",
+    )  # fmt: skip
+
+
+def table(found: dict[str, dict]) -> str:
+    """What examine() found for models of equal digits, as text."""
+    first = next(iter(found.values()))
+    head = [f"trained on <= {first['digits']} digits", "steps", "there", *(f"{n}+{n}" for n in first["exact"])]
+    rows = [[name, f["steps"], f["trained"], *f["exact"].values(), *f["hard"].values(), f"{f['cpu_seconds']:.0f}"]
+            for name, f in found.items()]  # fmt: skip
+    return report.table([*head, *first["hard"], "CPU s"], rows)
+
+
+def draw(found: dict, figure, axes) -> None:
+    """Left: exact match of the models of 3 digits by length. Right: heat map of the model of 8 digits."""
+    for i, (name, f) in enumerate(found.items()):
+        if f["digits"] == 3:
+            share = {n: f["grid"][n - 1][n - 1] for n in range(1, 4)} | f["exact"]
+            axes[0].plot(share.keys(), share.values(), "os^Dv"[i % 5] + "-", label=name)
+    axes[0].axvspan(0.8, 3.5, color="0.9", label="lengths of training")
+    axes[0].set(xlabel="digits of both numbers", ylabel="exact match", ylim=(-0.03, 1.03))
+    axes[0].legend(frameon=False, fontsize=8)
+    if "Abacus, 8 digits" in found:
+        heat_map(found["Abacus, 8 digits"], figure, axes[1])
+    else:
+        axes[1].axis("off")
+
+
+def heat_map(f: dict, figure, axis) -> None:
+    """Exact match over both operands' lengths; the lengths of training are outlined."""
+    most, edge = len(f["grid"]), f["digits"] + 0.5
+    columns = list(zip(*f["grid"], strict=True))  # rows of the picture are b, columns are a
+    extent = (0.5, most + 0.5, 0.5, most + 0.5)
+    image = axis.imshow(columns, origin="lower", extent=extent, vmin=0, vmax=1)
+    axis.plot([0.5, edge, edge], [edge, edge, 0.5], color="red", lw=2)
+    axis.set(xlabel="digits of a", ylabel="digits of b", xlim=extent[:2], ylim=extent[:2],
+             title=f"a + b after training on up to {f['digits']} digits (red)")  # fmt: skip
+    figure.colorbar(image, ax=axis, label="exact match")
+
+
+# %% train, eval, bench
+
+
+def train(cfg: Config, w: cluster.World) -> None:
+    """One run with checkpoints, all ranks sharing each batch, and what it learned."""
+    run = report.Run(cfg.out, cfg, w)
+    model = train_model(cfg, w, run, "train", f"{cfg.out}/checkpoint.pt")
+    if w.main:
+        found = {f"{n}+{n}": exact_match(model, n, n, 200, cfg.task, cfg.seed) for n in (cfg.digits, *cfg.lengths)}
+        run.log(measured="train", **found)
+        w.print(f"task {cfg.task}, exact match: " + ", ".join(f"{n} {share:.2f}" for n, share in found.items()))
+
+
+def evaluate(cfg: Config, w: cluster.World) -> None:
+    """Examine the run in --out: a table, a heat map, and one problem as the model writes it."""
+    cfg, state = plumbing.opened(f"{cfg.out}/checkpoint.pt", cfg, "lengths", "problem", "seed")
+    model = ArithmeticTransformer(cfg).to(w.device)
+    model.load_state_dict(state["model"])
+    text = trials(cfg.task, cfg.lengths[0], cfg.lengths[0], 1, cfg.seed)[0]
+    if cfg.problem:
+        asked = re.fullmatch(r"(\d+)([-+x])(\d+)", cfg.problem)
+        if not asked or OPERATORS.get(cfg.task, [""])[0] != asked[2]:
+            raise BadInput(f"--problem {cfg.problem}: this model knows task {cfg.task}; ask two numbers with its sign, "
+                           "such as 97+8, 97-8 or 97x8")  # fmt: skip
+        text = written(cfg.task, int(asked[1]), int(asked[3]))
+    if w.main:
+        found = examine(model, cfg, max(cfg.lengths))
+        w.print(table({"this model": found | {"steps": cfg.steps, "cpu_seconds": time.process_time()}}))
+        w.print(report.picture(f"{cfg.out}/grid.png", functools.partial(heat_map, found), figsize=(6, 5)))
+        question, answer = text.split("=")
+        prompt = encode(question + "=")[None].to(w.device)
+        said = decode(generate(model, prompt, len(answer) + 2)[0])
+        w.print(f"{question}={said} ({'right' if said == answer else 'wrong: ' + answer}; least significant digit first)")
+
+
+def bench(cfg: Config, w: cluster.World) -> None:
+    """Time of a step with each kind of positions, of one pass against token by token, and of making problems."""
+    models = {pos: ArithmeticTransformer(replace(cfg, pos=pos)).to(w.device) for pos in (*ENCODINGS, "abacus+fire")}
+    parts = batches(replace(cfg, curriculum=0), 0, 0, 1, w.device)
+    texts = trials("add", 16, 16, 200)
+    prompts = torch.stack([encode(text[: text.index("=") + 1]) for text in texts]).to(w.device)
+    cases = {f"step, {pos}": functools.partial(gradients, cfg, m, parts, 0) for pos, m in models.items()}
+    cases |= {
+        "200 sums of 16 digits, one pass": lambda: correct(models["abacus"], texts),
+        "200 sums of 16 digits, token by token": lambda: generate(models["abacus"], prompts, 18, eos=-1),
+        "1000 additions made": lambda: [problem("add", cfg.digits, cfg.digits, random.Random(n)) for n in range(1000)],
+    }
+    seconds = report.timed(cases, w.device, repeats=7)
+    rows = [[name, 1e3 * median, 1e3 * spread] for name, (median, spread) in seconds.items()]
+    title = f"{report.device_name(w.device)}, float32, batch {cfg.batch}, width {cfg.d_model}, <= {cfg.digits} digits"
+    w.print(title + "\n" + report.table(["case", "ms", "+-"], rows))
+    w.print(f"additions made per second: {1000 / seconds['1000 additions made'][0]:.0f}")
+    if w.main:
+        report.write_json(f"{cfg.out}/bench.json", {"title": title, "rows": rows})
+
+
+def main(cfg: Config) -> None:
+    with cluster.world(cfg.device) as w:
+        {"demo": demo, "train": train, "eval": evaluate, "bench": bench}[cfg.mode](cfg, w)
+
+
+def start(cfg: Config) -> None:
+    """main, after a lone demo on a CPU of two cores or more has started itself again as two processes."""
+    cpu = cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available())
+    if cfg.mode == "demo" and cpu and "RANK" not in os.environ and (os.cpu_count() or 1) > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        os.execv(sys.executable, launcher + sys.argv)
+    main(cfg)
+
+
+if __name__ == "__main__":
+    cli.run(start, Config, PRESETS)
