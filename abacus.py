@@ -31,7 +31,7 @@ import re
 import string
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -115,13 +115,13 @@ def loop(layers, e: Tensor, R: int, x: Tensor | None = None, injection: str = "l
 
 
 def depths(R: int, generator: torch.Generator | None = None) -> tuple[int, int]:
-    """(rounds without gradient, rounds with gradient), drawn as published: n in 0..R-1, then k in 1..min(R - n, R/2)."""
+    """(rounds without gradient, rounds with it), drawn as published: n in 0..R-1, then k in 1..min(R - n, R/2)."""
     n = int(torch.randint(R, (), generator=generator))
     return n, int(torch.randint(1, min(R - n, max(R // 2, 1)) + 1, (), generator=generator))
 
 
 def token_loss(model, batch: Batch, before: int, R: int) -> Tensor:
-    """Cross-entropy summed over the answers' tokens, after `before` rounds without gradient and R with it: 0-d, fp32."""
+    """Cross-entropy summed over the answers' tokens, after `before` rounds without gradient and R with it: 0-d."""
     logits = model(batch.ids[:, :-1], R, before, batch.offset)  # (B, T - 1, V)
     logits = logits.float() if logits.dtype == torch.bfloat16 else logits
     return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="sum")
@@ -268,42 +268,43 @@ class ArithmeticTransformer(nn.Module):
 
 # %% settings
 
-TASKS, ENCODINGS, INJECTIONS = ("add", "sub", "mul", "or", "sort"), ("abacus", "nope", "fire", "rope"), (
-    "layer", "recurrence", "none",
-)  # fmt: skip
+ENCODINGS = ("abacus", "nope", "fire", "rope")
 ROWS, BUCKETS = 512, 4  # of the Abacus table, as in the released training code; parts of a batch, by length
+MADE, READ = ("demo", "train"), ("demo", "train", "bench")  # modes
 
 
 @dataclass
 class Config:
     mode: str = opt("demo", "what to do", choices=("demo", "train", "eval", "bench"), positional=True)
     preset: str = opt("laptop", "settings: the demo's, or the paper's sizes", ("laptop", "paper"), modes=("train",))
-    task: str = opt("add", "what to compute", choices=TASKS, modes=("train",))
+    task: str = opt("add", "what to compute", ("add", "sub", "mul", "or", "sort"), modes=("train",))
     digits: int = opt(8, "most digits of an operand in training; for sort also most elements", modes=("train", "bench"))
     pos: str = opt("abacus", f"positions: {', '.join(ENCODINGS)}, or several joined by +", modes=("train",))
-    max_offset: int = opt(30, "largest random start of the places in training", modes=("demo", "train", "bench"))
+    max_offset: int = opt(30, "largest random start of the places in training", modes=READ)
     curriculum: int = opt(250, "steps over which digits and offsets grow from 1; 0: at once", modes=("train",))
-    d_model: int = opt(128, "width, in heads of 64", modes=("demo", "train", "bench"))
-    ff: int = opt(256, "width of the feed-forward layer after gating", modes=("demo", "train", "bench"))
-    n_layer: int = opt(2, "layers in the block", modes=("demo", "train", "bench"))
-    recurrences: int = opt(2, "rounds: how often the block is applied", modes=("demo", "train", "bench"))
+    d_model: int = opt(128, "width, in heads of 64", modes=READ)
+    ff: int = opt(256, "width of the feed-forward layer after gating", modes=READ)
+    n_layer: int = opt(2, "layers in the block", modes=READ)
+    recurrences: int = opt(2, "rounds: how often the block is applied", modes=READ)
     norm: str = opt("pre", "norms before each part, or the paper's after it", ("pre", "post"), modes=("train",))
-    injection: str = opt("layer", "before what the embedded input enters again", INJECTIONS, modes=("train",))
+    injection: str = opt(
+        "layer", "before what the embedded input enters again", ("layer", "recurrence", "none"), modes=("train",)
+    )
     loss: str = opt("full", "at full depth, or the paper's at a random one", ("full", "progressive"), modes=("train",))
-    steps: int = opt(850, "optimizer steps; the demo's shorter rows take a share of it", modes=("demo", "train"))
-    batch: int = opt(96, "examples per step, over all processes", modes=("demo", "train", "bench"))
-    lr: float = opt(3e-3, "peak learning rate of AdamW", modes=("demo", "train"))
-    clip: float = opt(1.0, "largest norm of the gradient; 0: no limit", modes=("demo", "train"))
+    steps: int = opt(850, "optimizer steps; the demo's shorter rows take a share of it", modes=MADE)
+    batch: int = opt(96, "examples per step, over all processes", modes=READ)
+    lr: float = opt(3e-3, "peak learning rate of AdamW", modes=MADE)
+    clip: float = opt(1.0, "largest norm of the gradient; 0: no limit", modes=MADE)
     lengths: tuple = opt((8, 10, 12, 16), "lengths n of the n+n problems tried", modes=("train", "eval"))
     problem: str = opt("", "a problem of your own, such as 97+8", modes=("eval",))
     quick: bool = opt(False, "fewer and shorter rows, no verdict", modes=("demo",))
     seed: int = opt(0, "seed of the weights and the data")
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
-    dtype: str = opt("float32", "of the matrix products in training", ("float32", "bfloat16"), modes=("demo", "train"))
+    dtype: str = opt("float32", "of the matrix products in training", ("float32", "bfloat16"), modes=MADE)
     out: str = opt("results/abacus", "folder of what the run writes, of the run to resume or to evaluate")
     resume: bool = opt(False, "go on from the checkpoint in --out, if there is one", modes=("train",))
     save_every: int = opt(200, "steps between checkpoints; 0 writes only the last", modes=("train",))
-    log_every: int = opt(10, "steps between lines in metrics.jsonl", modes=("demo", "train"))
+    log_every: int = opt(10, "steps between lines in metrics.jsonl", modes=MADE)
 
     def __post_init__(self):
         sizes = (self.digits, self.max_offset, self.d_model, self.ff, self.n_layer, self.recurrences, self.steps,
@@ -316,6 +317,7 @@ class Config:
             (not 0 < self.lr < float("inf") or self.clip < 0, f"--lr {self.lr} must be above 0, --clip at least 0"),
             (set(kinds) - set(ENCODINGS), f"--pos {self.pos}: choose from {', '.join(ENCODINGS)}, joined by +"),
             ("nope" in kinds and len(kinds) > 1, f"--pos {self.pos}: nope is the absence of all others"),
+            (self.batch % BUCKETS, f"--batch {self.batch} is no multiple of {BUCKETS}, its parts by length"),
             (self.d_model % 64, f"--d-model {self.d_model} is no multiple of 64, the width of a head"),
             (self.mode == "demo" and (self.task, self.pos) != ("add", "abacus"),
              "the demo adds, with positions of its own; --task and --pos belong to train"),
@@ -324,8 +326,6 @@ class Config:
              f"the table ends at {ROWS - 1}"),
             (self.task == "sort" and longest > len(LABELS),
              f"--digits or --lengths {longest}: sort has labels for {len(LABELS)} elements"),
-            *((f.metadata["choices"] and getattr(self, f.name) not in f.metadata["choices"],
-               f"--{f.name} {getattr(self, f.name)}: choose from {f.metadata['choices']}") for f in fields(self)),
         ):  # fmt: skip
             if wrong:
                 raise BadInput(message)
@@ -365,7 +365,7 @@ def encode(text: str) -> Tensor:
     """Token ids (T,) of a problem. ValueError: a character without a token, such as a space."""
     for at, c in enumerate(text):
         if c not in TOKENS:
-            raise ValueError(f"character {c!r} at position {at} has no token; there are 0-9 + - x = and, for sort, labels")
+            raise ValueError(f"character {c!r} at position {at} has no token; there are 0-9 + - x = and labels")
     return torch.tensor([TOKENS[c] for c in text], dtype=torch.long)
 
 
@@ -457,13 +457,11 @@ def correct(model, texts: list[str]) -> Tensor:
 
     Greedy decoding writes the right answer exactly if each token is the likeliest one given the right ones before it.
     """
-    was, found = model.training, []
-    model.eval()
+    found = []
     for start in range(0, len(texts), 100):
-        batch = pack(texts[start : start + 100], None, next(model.parameters()).device)
-        right = (model(batch.ids[:, :-1]).argmax(dim=-1) == batch.targets) | (batch.targets == -100)  # (B, T - 1)
-        found.append(right.all(dim=1).cpu())
-    model.train(was)
+        ids, targets, _ = pack(texts[start : start + 100], None, next(model.parameters()).device)
+        right = model(ids[:, :-1], offset=1).argmax(dim=-1) == targets  # (B, T - 1)
+        found.append((right | (targets == -100)).all(dim=1).cpu())
     return torch.cat(found)
 
 
@@ -471,15 +469,12 @@ def correct(model, texts: list[str]) -> Tensor:
 def generate(model, prompt_ids: Tensor, max_new: int, eos: int = EOS) -> Tensor:
     """Greedy continuation token by token: prompts (B, T) of one length -> the new tokens (B, <= max_new), PAD after
     eos. The oracle of `correct`."""
-    was, ids = model.training, prompt_ids
-    done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    model.eval()
+    ids, done = prompt_ids, torch.zeros(len(prompt_ids), dtype=torch.bool, device=prompt_ids.device)
     for _ in range(max_new):
-        new = model(ids)[:, -1].argmax(dim=-1).masked_fill(done, PAD)  # (B,)
+        new = model(ids, offset=1)[:, -1].argmax(dim=-1).masked_fill(done, PAD)  # (B,)
         ids, done = torch.cat([ids, new[:, None]], dim=1), done | (new == eos)
         if done.all():
             break
-    model.train(was)
     return ids[:, prompt_ids.shape[1] :]
 
 
@@ -565,90 +560,77 @@ RIVALS, OURS = ("NoPE", "FIRE"), ("Abacus", "Abacus + FIRE")
 
 def judge(found: dict[str, dict]) -> tuple[bool, str]:
     """(the claim holds, its numbers): bars fixed before the runs."""
-    far, rival = found["Abacus, 8 digits"]["exact"], {name: found[name]["exact"][4] for name in RIVALS}
-    ours = {name: found[name]["exact"][4] for name in OURS}
-    learned = all(found[name]["trained"] >= 0.95 for name in RIVALS + OURS)
-    holds = learned and max(rival.values()) <= 0.3 and min(ours.values()) >= 0.45 and far[10] >= 0.8
+    far, ours, rivals = found["Abacus, 8 digits"]["exact"], *({n: found[n] for n in group} for group in (OURS, RIVALS))
+    learned = min(f["trained"] for f in (ours | rivals).values())
+    reach = min(f["exact"][4] for f in ours.values()) >= 0.45 and far[10] >= 0.8
+    holds = learned >= 0.95 and reach and max(f["exact"][4] for f in rivals.values()) <= 0.3
     return holds, (
-        f"8 digits of training: 10+10 {far[10]:.2f}, 12+12 {far[12]:.2f}; 3 digits of training: 4+4 "
-        + ", ".join(f"{name} {share:.2f}" for name, share in (ours | rival).items())
-        + ("" if learned else "; not all of them learned their 3 digits")
+        f"from 8 digits 10+10 {far[10]:.2f}, 12+12 {far[12]:.2f}; from 3 digits 4+4 "
+        + ", ".join(f"{name} {f['exact'][4]:.2f}" for name, f in (ours | rivals).items())
+        + f"; on 1..3 digits all have {learned:.2f} or more"
     )
 
 
 def row(cfg: Config, w: cluster.World, name: str) -> tuple[dict, list[dict]]:
     """Train and examine one row of the table on this rank alone -> (what was found, lines for metrics.jsonl)."""
     changes, share = RUNS[name]
-    c, lines, start = replace(cfg, **changes, steps=max(1, round(cfg.steps * share))), [], time.process_time()
-    run = SimpleNamespace(line={}, log=lambda **values: lines.append(values))  # collected, since rank 0 writes the file
-    model = train_model(c, w, run, name, alone=True)
-    found = examine(model, c, 16 if c.digits == 8 else c.digits)
-    return found | {"steps": c.steps, "cpu_seconds": time.process_time() - start}, lines
+    c, lines, start = replace(cfg, mode="train", **changes, steps=round(cfg.steps * share)), [], time.process_time()
+    run = SimpleNamespace(line={}, log=lambda **values: lines.append(values))  # rank 0 will write them
+    found = examine(train_model(c, w, run, name, alone=True), c, 2 * c.digits)
+    return found | {"steps": c.steps, "CPU s": round(time.process_time() - start)}, lines
 
 
 def demo(cfg: Config, w: cluster.World) -> None:
-    """Train a model per row of RUNS, the ranks sharing the rows; print the tables, the picture and the claim."""
+    """Train a model per row of RUNS, the rows shared by the ranks; print the tables, the picture and the claim."""
     torch.set_num_threads(1)  # sums are rounded alike on any number of ranks
-    run, names, mine, every = report.Run(cfg.out, cfg, w), list(RUNS), {}, [None] * w.size
+    names, run, found, every = list(RUNS), report.Run(cfg.out, cfg, w), {}, [None] * w.size
     if cfg.quick:
         names, cfg = ["NoPE", "Abacus"], replace(cfg, steps=cfg.steps // 2)
-    for name in names[w.rank :: w.size]:
-        mine[name] = row(cfg, w, name)
-    dist.all_gather_object(every, mine)
-    found, every = {}, {name: pair for part in every for name, pair in part.items()}
-    for name in names:
-        found[name], lines = every[name]
+    dist.all_gather_object(every, {name: row(cfg, w, name) for name in names[w.rank :: w.size]})
+    for i, name in enumerate(names):
+        found[name], lines = every[i % w.size][name]
         for line in lines:
             run.log(**line)
         run.log(measured=name, **found[name])
     for digits in sorted({f["digits"] for f in found.values()}):
         w.print("\n" + table({name: f for name, f in found.items() if f["digits"] == digits}))
     if w.main:
-        w.print("\n" + report.picture(f"{cfg.out}/abacus.png", functools.partial(draw, found), ncols=2, figsize=(11, 4)))
+        w.print(
+            "\n" + report.picture(f"{cfg.out}/abacus.png", functools.partial(draw, found), ncols=2, figsize=(11, 4))
+        )
     if cfg.quick:
         return w.print("quick: no verdict")
     holds, here = judge(found)
     run.claim(
         "Abacus positions add numbers of 1.25 times the training length at less than 1/100000 of the paper's compute; "
-        "NoPE and FIRE, which learn the same 3 digits, fail at 4", "up to 99 % exact match at 100 digits after "
-        "training on up to 20", here, holds, f"{cfg.steps} steps of {cfg.batch} for 8 digits, seed {cfg.seed}, {w.device.type}",
+        "NoPE and FIRE, which learn 3 digits as well, fail at 4", "up to 99 % exact match at 100 digits after training "
+        "on up to 20", here, holds, f"{cfg.steps} steps of {cfg.batch}, seed {cfg.seed}, {w.device.type}",
     )  # fmt: skip
 
 
 def table(found: dict[str, dict]) -> str:
     """What examine() found for models of equal digits, as text."""
-    first = next(iter(found.values()))
-    head = [f"trained on <= {first['digits']} digits", "steps", "there", *(f"{n}+{n}" for n in first["exact"])]
-    rows = [[name, f["steps"], f["trained"], *f["exact"].values(), *f["hard"].values(), f"{f['cpu_seconds']:.0f}"]
+    rows = [[name, f["steps"], f["trained"], *f["exact"].values(), *f["hard"].values(), f["CPU s"]]
             for name, f in found.items()]  # fmt: skip
-    return report.table([*head, *first["hard"], "CPU s"], rows)
+    f = next(iter(found.values()))
+    lengths = [f"{n}+{n}" for n in f["exact"]]
+    head = [f"trained on 1..{f['digits']} digits", "steps", f"1..{f['digits']}", *lengths, *f["hard"], "CPU s"]
+    return report.table(head, rows)
 
 
 def draw(found: dict, figure, axes) -> None:
-    """Left: exact match of the models of 3 digits by length. Right: heat map of the model of 8 digits."""
+    """Left: exact match by length. Right: over both operands' lengths; the lengths of training are outlined."""
     for i, (name, f) in enumerate(found.items()):
-        if f["digits"] == 3:
-            share = {n: f["grid"][n - 1][n - 1] for n in range(1, 4)} | f["exact"]
-            axes[0].plot(share.keys(), share.values(), "os^Dv"[i % 5] + "-", label=name)
-    axes[0].axvspan(0.8, 3.5, color="0.9", label="lengths of training")
+        axes[0].plot([f["grid"][n][n] for n in range(2 * f["digits"])], "os^Dvx"[i] + "-", label=name)
     axes[0].set(xlabel="digits of both numbers", ylabel="exact match", ylim=(-0.03, 1.03))
     axes[0].legend(frameon=False, fontsize=8)
-    if "Abacus, 8 digits" in found:
-        heat_map(found["Abacus, 8 digits"], figure, axes[1])
-    else:
-        axes[1].axis("off")
-
-
-def heat_map(f: dict, figure, axis) -> None:
-    """Exact match over both operands' lengths; the lengths of training are outlined."""
-    most, edge = len(f["grid"]), f["digits"] + 0.5
+    f = max(found.values(), key=lambda f: f["digits"])
+    most, edge = len(f["grid"]) + 0.5, f["digits"] + 0.5
     columns = list(zip(*f["grid"], strict=True))  # rows of the picture are b, columns are a
-    extent = (0.5, most + 0.5, 0.5, most + 0.5)
-    image = axis.imshow(columns, origin="lower", extent=extent, vmin=0, vmax=1)
-    axis.plot([0.5, edge, edge], [edge, edge, 0.5], color="red", lw=2)
-    axis.set(xlabel="digits of a", ylabel="digits of b", xlim=extent[:2], ylim=extent[:2],
-             title=f"a + b after training on up to {f['digits']} digits (red)")  # fmt: skip
-    figure.colorbar(image, ax=axis, label="exact match")
+    image = axes[1].imshow(columns, origin="lower", extent=(0.5, most, 0.5, most), vmin=0, vmax=1)
+    axes[1].plot([0.5, edge, edge], [edge, edge, 0.5], color="red", lw=2)
+    axes[1].set(xlabel="digits of a", ylabel="digits of b", title="a + b, Abacus (red: lengths of training)")
+    figure.colorbar(image, ax=axes[1], label="exact match")
 
 
 # %% train, eval, bench
@@ -658,45 +640,39 @@ def train(cfg: Config, w: cluster.World) -> None:
     """One run with checkpoints, all ranks sharing each batch, and what it learned."""
     run = report.Run(cfg.out, cfg, w)
     model = train_model(cfg, w, run, "train", f"{cfg.out}/checkpoint.pt")
-    if w.main:
-        found = {f"{n}+{n}": exact_match(model, n, n, 200, cfg.task, cfg.seed) for n in (cfg.digits, *cfg.lengths)}
-        run.log(measured="train", **found)
-        w.print(f"task {cfg.task}, exact match: " + ", ".join(f"{n} {share:.2f}" for n, share in found.items()))
+    found = {f"{n}+{n}": exact_match(model, n, n, 200, cfg.task, cfg.seed) for n in (cfg.digits, *cfg.lengths)}
+    run.log(measured="train", **found)
+    w.print(f"{cfg.task}, exact match: " + ", ".join(f"{n} {share:.2f}" for n, share in found.items()))
 
 
 def evaluate(cfg: Config, w: cluster.World) -> None:
-    """Examine the run in --out: a table, a heat map, and one problem as the model writes it."""
+    """The run in --out on --lengths and on hard sums, and one problem as the model writes it."""
     cfg, state = plumbing.opened(f"{cfg.out}/checkpoint.pt", cfg, "lengths", "problem", "seed")
     model = ArithmeticTransformer(cfg).to(w.device)
     model.load_state_dict(state["model"])
     text = trials(cfg.task, cfg.lengths[0], cfg.lengths[0], 1, cfg.seed)[0]
     if cfg.problem:
         asked = re.fullmatch(r"(\d+)([-+x])(\d+)", cfg.problem)
-        if not asked or OPERATORS.get(cfg.task, [""])[0] != asked[2]:
-            raise BadInput(f"--problem {cfg.problem}: this model knows task {cfg.task}; ask two numbers with its sign, "
-                           "such as 97+8, 97-8 or 97x8")  # fmt: skip
+        if not asked or OPERATORS.get(cfg.task, " ")[0] != asked[2]:
+            raise BadInput(f"--problem {cfg.problem}: give two numbers with + - or x between them, as this model's "
+                           f"task is {cfg.task}")  # fmt: skip
         text = written(cfg.task, int(asked[1]), int(asked[3]))
-    if w.main:
-        found = examine(model, cfg, max(cfg.lengths))
-        w.print(table({"this model": found | {"steps": cfg.steps, "cpu_seconds": time.process_time()}}))
-        w.print(report.picture(f"{cfg.out}/grid.png", functools.partial(heat_map, found), figsize=(6, 5)))
-        question, answer = text.split("=")
-        prompt = encode(question + "=")[None].to(w.device)
-        said = decode(generate(model, prompt, len(answer) + 2)[0])
-        w.print(f"{question}={said} ({'right' if said == answer else 'wrong: ' + answer}; least significant digit first)")
+    found = examine(model, cfg, cfg.digits) | {"steps": cfg.steps, "CPU s": round(time.process_time())}
+    w.print(table({f"task {cfg.task}, positions {cfg.pos}": found}))
+    question, answer = text.split("=")
+    said = decode(generate(model, encode(question + "=")[None].to(w.device), len(answer) + 2)[0])
+    w.print(f"{question}={said} ({'right' if said == answer else 'wrong: ' + answer}), least significant digits first")
 
 
 def bench(cfg: Config, w: cluster.World) -> None:
     """Time of a step with each kind of positions, of one pass against token by token, and of making problems."""
     models = {pos: ArithmeticTransformer(replace(cfg, pos=pos)).to(w.device) for pos in (*ENCODINGS, "abacus+fire")}
-    parts = batches(replace(cfg, curriculum=0), 0, 0, 1, w.device)
-    texts = trials("add", 16, 16, 200)
+    parts, texts = batches(replace(cfg, curriculum=0), 0, 0, 1, w.device), trials("add", 16, 16, 200)
     prompts = torch.stack([encode(text[: text.index("=") + 1]) for text in texts]).to(w.device)
-    cases = {f"step, {pos}": functools.partial(gradients, cfg, m, parts, 0) for pos, m in models.items()}
-    cases |= {
+    cases = {f"step, {pos}": functools.partial(gradients, cfg, m, parts, 0) for pos, m in models.items()} | {
         "200 sums of 16 digits, one pass": lambda: correct(models["abacus"], texts),
         "200 sums of 16 digits, token by token": lambda: generate(models["abacus"], prompts, 18, eos=-1),
-        "1000 additions made": lambda: [problem("add", cfg.digits, cfg.digits, random.Random(n)) for n in range(1000)],
+        "1000 additions made": lambda: trials("add", cfg.digits, cfg.digits, 1000),
     }
     seconds = report.timed(cases, w.device, repeats=7)
     rows = [[name, 1e3 * median, 1e3 * spread] for name, (median, spread) in seconds.items()]
@@ -713,12 +689,12 @@ def main(cfg: Config) -> None:
 
 
 def start(cfg: Config) -> None:
-    """main, after a lone demo on a CPU of two cores or more has started itself again as two processes."""
-    cpu = cfg.device == "cpu" or (cfg.device == "auto" and not torch.cuda.is_available())
-    if cfg.mode == "demo" and cpu and "RANK" not in os.environ and (os.cpu_count() or 1) > 1:
+    """main, except that a lone demo on a CPU of two cores or more starts itself again as two processes."""
+    gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    if cfg.mode == "demo" and not gpu and "RANK" not in os.environ and (os.cpu_count() or 1) > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        os.execv(sys.executable, launcher + sys.argv)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
     main(cfg)
 
 
