@@ -162,14 +162,14 @@ class FIRE(nn.Module):
 
 
 class GLU(nn.Module):
-    """down(value * gelu(gate)): (..., C) -> (..., C)."""
+    """down(value * gelu(gate)), as wide as the model between: (..., C) -> (..., C)."""
 
-    def __init__(self, C: int, ff: int):
+    def __init__(self, C: int):
         super().__init__()
-        self.up, self.down = nn.Linear(C, 2 * ff, bias=False), nn.Linear(ff, C, bias=False)
+        self.up, self.down = nn.Linear(C, 2 * C, bias=False), nn.Linear(C, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.up(x).chunk(2, dim=-1)  # (..., ff) each
+        value, gate = self.up(x).chunk(2, dim=-1)  # (..., C) each
         return self.down(value * F.gelu(gate))
 
 
@@ -184,7 +184,7 @@ class Layer(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         C, self.H, self.pre = cfg.d_model, cfg.d_model // 64, cfg.norm == "pre"
-        self.qkv, self.out, self.glu = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False), GLU(C, cfg.ff)
+        self.qkv, self.out, self.glu = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False), GLU(C)
         self.norms = nn.ModuleList([norm_of(cfg), norm_of(cfg)])
         self.rope = "rope" in cfg.pos.split("+")
         self.fire = FIRE(self.H) if "fire" in cfg.pos.split("+") else None
@@ -225,26 +225,22 @@ class ArithmeticTransformer(nn.Module):
         self.decoder = nn.Linear(C, vocabulary(cfg.task), bias=False)
         self.head, self.map = None, None
         if cfg.norm == "post":  # the released model's way out
-            self.head, self.map = GLU(C, cfg.ff), nn.Linear(C, C, bias=False)
+            self.head, self.map = GLU(C), nn.Linear(C, C, bias=False)
         self.init(cfg)
 
     def init(self, cfg: Config) -> None:
         """Weights from the seed. Those of positions are drawn last, so models that differ in them share all others."""
         gain = (8 * cfg.n_layer * cfg.recurrences) ** -0.25 if cfg.norm == "post" else 1.0
-        g, positions = cluster.generator(cfg.seed, 0), re.compile(r"abacus|fire")
-        for name, p in sorted(self.named_parameters(), key=lambda item: bool(positions.search(item[0]))):
-            if p.is_meta or (p.ndim < 2 and "mlp" not in name):
-                continue
-            if "fire" in name:
-                bound = 1.0 if "mlp.0" in name else 32**-0.5  # PyTorch's own for linear layers
+        g, last = cluster.generator(cfg.seed, 0), lambda item: "abacus" in item[0] or "fire" in item[0]
+        for name, p in sorted(self.named_parameters(), key=last):
+            if "mlp" in name:  # FIRE's: PyTorch's own bounds
+                bound = 1.0 if "mlp.0" in name else 32**-0.5
                 nn.init.uniform_(p, -bound, bound, generator=g)
             elif name.startswith(("token", "abacus")):
                 nn.init.normal_(p, std=cfg.d_model**-0.5, generator=g)
-            elif "qkv" in name:
-                for part, by in zip(p.chunk(3), (1, 1, gain), strict=True):
+            elif p.ndim > 1:
+                for part, by in zip(p.chunk(3), (1, 1, gain), strict=True) if "qkv" in name else ((p, gain),):
                     nn.init.xavier_normal_(part, by, generator=g)
-            else:
-                nn.init.xavier_normal_(p, gain, generator=g)
 
     def forward(self, ids: Tensor, R: int | None = None, before: int = 0, offset=None) -> Tensor:
         """Logits (B, T, V) of ids (B, T), after `before` rounds without gradient and R rounds with it.
@@ -268,8 +264,8 @@ class ArithmeticTransformer(nn.Module):
 
 # %% settings
 
-ENCODINGS = ("abacus", "nope", "fire", "rope")
-ROWS, BUCKETS = 512, 4  # of the Abacus table, as in the released training code; parts of a batch, by length
+ENCODINGS, INJECTIONS = ("abacus", "nope", "fire", "rope"), ("layer", "recurrence", "none")
+ROWS = 512  # of the Abacus table, as in the released training code
 MADE, READ = ("demo", "train"), ("demo", "train", "bench")  # modes
 
 
@@ -283,16 +279,14 @@ class Config:
     max_offset: int = opt(30, "largest random start of the places in training", modes=READ)
     curriculum: int = opt(250, "steps over which digits and offsets grow from 1; 0: at once", modes=("train",))
     d_model: int = opt(128, "width, in heads of 64", modes=READ)
-    ff: int = opt(256, "width of the feed-forward layer after gating", modes=READ)
     n_layer: int = opt(2, "layers in the block", modes=READ)
     recurrences: int = opt(2, "rounds: how often the block is applied", modes=READ)
     norm: str = opt("pre", "norms before each part, or the paper's after it", ("pre", "post"), modes=("train",))
-    injection: str = opt(
-        "layer", "before what the embedded input enters again", ("layer", "recurrence", "none"), modes=("train",)
-    )
+    injection: str = opt("layer", "before what the embedded input enters again", INJECTIONS, modes=("train",))
     loss: str = opt("full", "at full depth, or the paper's at a random one", ("full", "progressive"), modes=("train",))
     steps: int = opt(850, "optimizer steps; the demo's shorter rows take a share of it", modes=MADE)
     batch: int = opt(96, "examples per step, over all processes", modes=READ)
+    buckets: int = opt(4, "parts of a batch by length, so that little of it is padding", modes=("train", "bench"))
     lr: float = opt(3e-3, "peak learning rate of AdamW", modes=MADE)
     clip: float = opt(1.0, "largest norm of the gradient; 0: no limit", modes=MADE)
     lengths: tuple = opt((8, 10, 12, 16), "lengths n of the n+n problems tried", modes=("train", "eval"))
@@ -307,8 +301,8 @@ class Config:
     log_every: int = opt(10, "steps between lines in metrics.jsonl", modes=MADE)
 
     def __post_init__(self):
-        sizes = (self.digits, self.max_offset, self.d_model, self.ff, self.n_layer, self.recurrences, self.steps,
-                 self.batch, self.log_every, *self.lengths)  # fmt: skip
+        sizes = (self.digits, self.max_offset, self.d_model, self.n_layer, self.recurrences, self.steps,
+                 self.batch, self.buckets, self.log_every, *self.lengths)  # fmt: skip
         kinds, longest = self.pos.split("+"), max(self.digits, *self.lengths)
         need = max(self.max_offset - 1 + span(self.task, self.digits), span(self.task, longest))
         for wrong, message in (
@@ -317,7 +311,7 @@ class Config:
             (not 0 < self.lr < float("inf") or self.clip < 0, f"--lr {self.lr} must be above 0, --clip at least 0"),
             (set(kinds) - set(ENCODINGS), f"--pos {self.pos}: choose from {', '.join(ENCODINGS)}, joined by +"),
             ("nope" in kinds and len(kinds) > 1, f"--pos {self.pos}: nope is the absence of all others"),
-            (self.batch % BUCKETS, f"--batch {self.batch} is no multiple of {BUCKETS}, its parts by length"),
+            (self.batch % self.buckets, f"--batch {self.batch} does not divide over --buckets {self.buckets}"),
             (self.d_model % 64, f"--d-model {self.d_model} is no multiple of 64, the width of a head"),
             (self.mode == "demo" and (self.task, self.pos) != ("add", "abacus"),
              "the demo adds, with positions of its own; --task and --pos belong to train"),
@@ -334,7 +328,7 @@ class Config:
 PRESETS = {
     "laptop": {},
     "paper": {  # 8 layers x 2 of width 1024: 63,514,624 parameters; sizes from the paper, steps ours; never run
-        "digits": 20, "max_offset": 100, "curriculum": 0, "d_model": 1024, "ff": 1024, "n_layer": 8, "norm": "post",
+        "digits": 20, "max_offset": 100, "curriculum": 0, "d_model": 1024, "n_layer": 8, "norm": "post",
         "injection": "recurrence", "loss": "progressive", "steps": 4500, "batch": 8192, "lr": 1e-4, "clip": 0.5,
         "dtype": "bfloat16", "lengths": (20, 40, 60, 80, 100),
     },
@@ -434,7 +428,7 @@ def pack(texts, offsets=None, device=None) -> Batch:
 
 
 def batches(cfg: Config, step: int, rank: int = 0, size: int = 1, device=None) -> list[Batch]:
-    """One rank's share of a step's fresh problems, in BUCKETS parts by length, so that little is padding.
+    """One rank's share of a step's fresh problems, in parts by length, so that little is padding.
 
     Each problem is a function of (seed, step, index). The curriculum lets digits and offsets grow from 1.
     """
@@ -444,7 +438,7 @@ def batches(cfg: Config, step: int, rank: int = 0, size: int = 1, device=None) -
         r = random.Random(f"{cfg.seed} {step} {index}")
         made.append((problem(cfg.task, r.randint(1, digits), r.randint(1, digits), r), r.randint(1, largest)))
     made.sort(key=lambda item: len(item[0]))
-    n = len(made) // BUCKETS
+    n = len(made) // cfg.buckets
     return [pack(*map(list, zip(*made[k : k + n], strict=True)), device) for k in range(0, len(made), n)]
 
 
@@ -523,8 +517,8 @@ def gradients(cfg: Config, model, parts: list[Batch], step: int, size: int = 1) 
 def train_model(cfg: Config, w: cluster.World, run, what: str, path: str = "", alone: bool = False):
     """One run -> the trained model. alone: this rank trains a model of its own, else all ranks share each batch."""
     rank, size = (0, 1) if alone else (w.rank, w.size)
-    if cfg.batch % (BUCKETS * size):
-        raise BadInput(f"--batch {cfg.batch} does not divide over {size} processes x {BUCKETS} parts by length")
+    if cfg.batch % (cfg.buckets * size):
+        raise BadInput(f"--batch {cfg.batch} does not divide over {size} processes x --buckets {cfg.buckets}")
     model = ArithmeticTransformer(cfg).to(w.device)
     unused = cfg.loss == "progressive" and cfg.injection == "none"  # then the embeddings may get no gradient
     ddp = DistributedDataParallel(model, find_unused_parameters=unused) if size > 1 else model
