@@ -9,20 +9,20 @@ Here     The claim we check: trained on up to 3 digits, which all models learn, 
          and FIRE do not. Trained on up to 8 digits, it adds 10, at less than 1/100000 of the paper's compute.
 Differs  - A model of 0.2 to 0.5 M parameters with RMSNorm before each part; --norm post is the released shape.
          - A curriculum: digits and offsets grow over the first steps. Without it few runs find an answer's first digit.
-         - One offset per example, not per batch. Offsets reach 5 times the training length, as in the paper.
-         - The loop starts at zero, not at noise, and has gradients through all rounds; --loss progressive is the paper's.
-         - AdamW without weight decay on fresh problems, a schedule in steps, one bf16 or fp32 run per row.
+         - One offset per example, not per batch; up to 15 for 3 digits and 30 for 8, for the paper's 100 for 20.
+         - The loop starts at zero, not at noise. All its rounds have gradients; --loss progressive is the paper's.
+         - AdamW without weight decay, fresh problems in every step, a schedule in steps instead of seconds.
 
     python abacus.py                                            # laptop: tables, claim, picture
     python abacus.py --quick                                    # two models, no verdict
     torchrun --nproc-per-node 2 abacus.py --device cpu          # what the first line starts: rows shared by two
     python abacus.py train --task sort --digits 4               # or sub, mul, or; with checkpoints, see --resume
-    python abacus.py eval --problem 97+8                        # that run: lengths, heat map, your own sum
+    python abacus.py eval --problem 97+8                        # that run: lengths, hard sums, your own sum
     python abacus.py bench                                      # speed of a step, of decoding, of making problems
     torchrun --nproc-per-node 8 abacus.py train --preset paper  # the paper's sizes; never run
 
 Expect   TODO
-Writes   results/abacus/: metrics.jsonl, claim.json, abacus.png; checkpoint.pt (train), grid.png (eval), bench.json.
+Writes   results/abacus/: metrics.jsonl, claim.json, abacus.png; checkpoint.pt (train), bench.json.
 """
 
 from __future__ import annotations

@@ -239,10 +239,6 @@ def test_ranks_equal_one_process(tmp_path):
         torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-8)  # Adam divides by tiny roots
 
 
-def _metrics(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()[1:]]
-
-
 SMALL = "--d-model 64 --n-layer 1 --digits 2 --max-offset 3 --batch 16 --steps 60 --curriculum 20 --device cpu".split()
 SMALL += "--save-every 5 --log-every 3 --loss progressive --injection recurrence --lengths 2 3".split()
 
@@ -258,7 +254,8 @@ def test_kill_and_resume_then_eval(tmp_path, capsys):
     kill(ranks, signal.SIGKILL)
     assert 10 <= cluster.load(path)["facts"]["step"] < 60
     run("train", "cut", *SMALL, "--resume")
-    assert _metrics(tmp_path / "cut") == _metrics(tmp_path / "whole")
+    whole, cut = ((tmp_path / d / "metrics.jsonl").read_text().splitlines()[1:] for d in ("whole", "cut"))
+    assert whole == cut
     a, b = (cluster.load(tmp_path / d / "checkpoint.pt")["model"] for d in ("whole", "cut"))
     assert all(torch.equal(p, b[n]) for n, p in a.items())
     with pytest.raises(BadInput, match="trained with --lr 0.003, this run asks for --lr 0.5"):
