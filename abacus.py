@@ -155,14 +155,14 @@ class FIRE(nn.Module):
 
 
 class GLU(nn.Module):
-    """down(value * gelu(gate)), as wide as the model between: (..., C) -> (..., C)."""
+    """down(value * gelu(gate)): (..., C) -> (..., C)."""
 
-    def __init__(self, C: int):
+    def __init__(self, C: int, ff: int):
         super().__init__()
-        self.up, self.down = nn.Linear(C, 2 * C, bias=False), nn.Linear(C, C, bias=False)
+        self.up, self.down = nn.Linear(C, 2 * ff, bias=False), nn.Linear(ff, C, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.up(x).chunk(2, dim=-1)  # (..., C) each
+        value, gate = self.up(x).chunk(2, dim=-1)  # (..., ff) each
         return self.down(value * F.gelu(gate))
 
 
@@ -172,7 +172,7 @@ class Layer(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         C, self.H, self.pre = cfg.d_model, cfg.d_model // 64, cfg.norm == "pre"
-        self.qkv, self.out, self.glu = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False), GLU(C)
+        self.qkv, self.out, self.glu = nn.Linear(C, 3 * C, bias=False), nn.Linear(C, C, bias=False), GLU(C, cfg.ff)
         self.norms = nn.ModuleList([cfg.new_norm(), cfg.new_norm()])
         self.rope = "rope" in cfg.pos.split("+")
         self.fire = FIRE(self.H) if "fire" in cfg.pos.split("+") else None
@@ -211,8 +211,9 @@ class ArithmeticTransformer(nn.Module):
         self.abacus = AbacusEmbedding(DIGITS, C, ROWS, cfg.max_offset) if "abacus" in cfg.pos.split("+") else None
         self.norm_in = cfg.new_norm()
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layer))
-        released = (GLU(C), cfg.new_norm(), nn.Linear(C, C, bias=False)) if cfg.norm == "post" else (cfg.new_norm(),)
-        self.out, self.decoder = nn.Sequential(*released), nn.Linear(C, V, bias=False)
+        self.out, self.decoder = cfg.new_norm(), nn.Linear(C, V, bias=False)
+        if cfg.norm == "post":  # the released model's way out
+            self.out = nn.Sequential(GLU(C, cfg.ff), cfg.new_norm(), nn.Linear(C, C, bias=False))
         # weights from the seed, those of positions last: models that differ in them share all others
         gain = (8 * cfg.n_layer * cfg.recurrences) ** -0.25 if cfg.norm == "post" else 1.0
         g, last = cluster.generator(cfg.seed, 0), lambda item: "abacus" in item[0] or "fire" in item[0]
@@ -259,6 +260,7 @@ class Config:
     max_offset: int = opt(30, "largest random start of the places in training", modes=READ)
     curriculum: int = opt(250, "steps over which digits and offsets grow from 1; 0: at once", modes=("train",))
     d_model: int = opt(128, "width, in heads of 64", modes=READ)
+    ff: int = opt(256, "width of the feed-forward layer after gating", modes=READ)
     n_layer: int = opt(2, "layers in the block", modes=READ)
     recurrences: int = opt(2, "rounds: how often the block is applied", modes=READ)
     norm: str = opt("pre", "norms before each part, or the paper's after it", ("pre", "post"), modes=("train",))
@@ -266,7 +268,6 @@ class Config:
     loss: str = opt("full", "at full depth, or the paper's at a random one", ("full", "progressive"), modes=("train",))
     steps: int = opt(850, "optimizer steps; the demo's shorter rows take a share of it", modes=MADE)
     batch: int = opt(96, "examples per step, over all processes", modes=READ)
-    buckets: int = opt(4, "parts of a batch by length, so that little of it is padding", modes=("train", "bench"))
     lr: float = opt(3e-3, "peak learning rate of AdamW", modes=MADE)
     clip: float = opt(1.0, "largest norm of the gradient; 0: no limit", modes=MADE)
     lengths: tuple = opt((8, 10, 12, 16), "lengths n of the n+n problems tried", modes=("train", "eval"))
@@ -281,8 +282,9 @@ class Config:
     log_every: int = opt(10, "steps between lines in metrics.jsonl", modes=MADE)
 
     def __post_init__(self):
-        sizes = (self.digits, self.max_offset, self.d_model, self.n_layer, self.recurrences, self.steps,
-                 self.batch, self.buckets, self.log_every, *self.lengths)  # fmt: skip
+        sizes = (self.digits, self.max_offset, self.d_model, self.ff, self.n_layer, self.recurrences, self.steps,
+                 self.batch, self.log_every, *self.lengths)  # fmt: skip
+        self.parts = 4 if self.digits > 4 else 1  # of a batch, by length: short problems are nearly equally long
         kinds, longest = self.pos.split("+"), max(self.digits, *self.lengths)
         need = max(self.max_offset - 1 + span(self.task, self.digits), span(self.task, longest))
         for wrong, message in (
@@ -290,7 +292,7 @@ class Config:
              "sizes, --steps and --lengths must be at least 1, --curriculum and --save-every at least 0"),
             (not 0 < self.lr < float("inf") or self.clip < 0, f"--lr {self.lr} must be above 0, --clip at least 0"),
             (set(kinds) - set(ENCODINGS), f"--pos {self.pos}: choose from {', '.join(ENCODINGS)}, joined by +"),
-            (self.batch % self.buckets, f"--batch {self.batch} does not divide over --buckets {self.buckets}"),
+            (self.batch % self.parts, f"--batch {self.batch} does not divide into {self.parts} parts by length"),
             (self.d_model % 64, f"--d-model {self.d_model} is no multiple of 64, the width of a head"),
             (self.mode == "demo" and (self.task, self.pos) != ("add", "abacus"),
              "the demo adds, with positions of its own; --task and --pos belong to train"),
@@ -310,7 +312,7 @@ class Config:
 PRESETS = {
     "laptop": {},
     "paper": {  # 8 layers x 2 of width 1024: 63,514,624 parameters; sizes from the paper, steps ours; never run
-        "digits": 20, "max_offset": 100, "curriculum": 0, "d_model": 1024, "n_layer": 8, "norm": "post",
+        "digits": 20, "max_offset": 100, "curriculum": 0, "d_model": 1024, "ff": 1024, "n_layer": 8, "norm": "post",
         "injection": "recurrence", "loss": "progressive", "steps": 4500, "batch": 8192, "lr": 1e-4, "clip": 0.5,
         "dtype": "bfloat16", "lengths": (20, 40, 60, 80, 100),
     },
@@ -410,7 +412,7 @@ def batches(cfg: Config, step: int, rank: int = 0, size: int = 1, device=None) -
         r = random.Random(f"{cfg.seed} {step} {index}")
         made.append((problem(cfg.task, r.randint(1, digits), r.randint(1, digits), r), r.randint(1, largest)))
     made.sort(key=lambda item: len(item[0]))
-    n = len(made) // cfg.buckets
+    n = len(made) // cfg.parts
     return [pack(*map(list, zip(*made[k : k + n], strict=True)), device) for k in range(0, len(made), n)]
 
 
@@ -490,8 +492,8 @@ def gradients(cfg: Config, model, parts: list[Batch], step: int, size: int = 1) 
 def train_model(cfg: Config, w: cluster.World, run, what: str, path: str = "", alone: bool = False):
     """One run -> the trained model. alone: this rank trains a model of its own, else all ranks share each batch."""
     rank, size = (0, 1) if alone else (w.rank, w.size)
-    if cfg.batch % (cfg.buckets * size):
-        raise BadInput(f"--batch {cfg.batch} does not divide over {size} processes x --buckets {cfg.buckets}")
+    if cfg.batch % (cfg.parts * size):
+        raise BadInput(f"--batch {cfg.batch} does not divide over {size} processes x {cfg.parts} parts by length")
     model = ArithmeticTransformer(cfg).to(w.device)
     unused = cfg.loss == "progressive" and cfg.injection == "none"  # then the embeddings may get no gradient
     ddp = DistributedDataParallel(model, find_unused_parameters=unused) if size > 1 else model
@@ -512,14 +514,15 @@ def train_model(cfg: Config, w: cluster.World, run, what: str, path: str = "", a
 # %% demo: the claim
 
 FAR, RIVALS, OURS = "Abacus, 8 digits", ("NoPE", "FIRE"), ("Abacus", "Abacus + FIRE")
-SHORT = {"digits": 3, "curriculum": 100, "lengths": (4, 5, 6)}
+SHORT = {"digits": 3, "lengths": (4, 5, 6), "max_offset": 15, "curriculum": 100}
+SMALL = SHORT | {"d_model": 64, "ff": 64, "lr": 5e-3}
 RUNS = {  # row of the table -> its settings and its share of --steps
     FAR: ({}, 1.0),
     "NoPE": (SHORT | {"pos": "nope"}, 0.8),
-    "Abacus": (SHORT, 0.5),
+    "Abacus": (SMALL, 0.7),
     "FIRE": (SHORT | {"pos": "fire"}, 0.8),
-    "Abacus, no injection": (SHORT | {"injection": "none"}, 0.5),
-    "Abacus + FIRE": (SHORT | {"pos": "abacus+fire"}, 0.5),
+    "Abacus, no injection": (SMALL | {"injection": "none"}, 0.7),
+    "Abacus + FIRE": (SMALL | {"pos": "abacus+fire"}, 0.7),
 }
 
 
