@@ -517,7 +517,7 @@ FAR, RIVALS, OURS = "Abacus, 8 digits", ("NoPE", "FIRE"), ("Abacus", "Abacus + F
 SHORT = {"digits": 3, "lengths": (4, 5, 6), "max_offset": 15, "curriculum": 100}
 SMALL = SHORT | {"d_model": 64, "ff": 64, "lr": 5e-3}
 RUNS = {  # row of the table -> its settings and its share of --steps
-    FAR: ({}, 1.0),
+    FAR: ({"digits": 8, "lengths": (8, 10, 12, 16)}, 1.0),
     "NoPE": (SHORT | {"pos": "nope"}, 0.8),
     "Abacus": (SMALL, 0.7),
     "FIRE": (SHORT | {"pos": "fire"}, 0.8),
