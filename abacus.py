@@ -44,7 +44,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common import cli, cluster, loop as plumbing, report
 from common.cli import BadInput, opt
@@ -234,9 +233,7 @@ class ArithmeticTransformer(nn.Module):
         R = self.R if R is None else R
         if R < 1 or before < 0:
             raise ValueError(f"R must be at least 1 and `before` at least 0, got {R} and {before}")
-        e = self.token(ids)  # (B, T, C)
-        if self.abacus is not None:
-            e = e + self.abacus(ids, offset)
+        e = self.token(ids) if self.abacus is None else self.token(ids) + self.abacus(ids, offset)  # (B, T, C)
         e = self.norm_in(e)
         with torch.no_grad():
             x = loop(self.layers, e, before, None, self.injection)
@@ -496,7 +493,7 @@ def train_model(cfg: Config, w: cluster.World, run, what: str, path: str = "", a
         raise BadInput(f"--batch {cfg.batch} does not divide over {size} processes x {cfg.parts} parts by length")
     model = ArithmeticTransformer(cfg).to(w.device)
     unused = cfg.loss == "progressive" and cfg.injection == "none"  # then the embeddings may get no gradient
-    ddp = DistributedDataParallel(model, find_unused_parameters=unused) if size > 1 else model
+    ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused) if size > 1 else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for step in plumbing.steps(cfg, w, run, {"model": model, "optimizer": optimizer}, cfg.steps, what, path):
         loss = gradients(cfg, ddp, batches(cfg, step, rank, size, w.device), step, size)
