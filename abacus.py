@@ -512,14 +512,14 @@ def train_model(cfg: Config, w: cluster.World, run, what: str, path: str = "", a
 
 FAR, RIVALS, OURS = "Abacus, 8 digits", ("NoPE", "FIRE"), ("Abacus", "Abacus + FIRE")
 SHORT = {"digits": 3, "lengths": (4, 5, 6), "max_offset": 15, "curriculum": 100}
-SMALL = SHORT | {"d_model": 64, "ff": 64, "lr": 5e-3}
+WIDE, NARROW = SHORT | {"lr": 4e-3}, SHORT | {"d_model": 64, "ff": 64, "lr": 5e-3}  # rivals need the larger model
 RUNS = {  # row of the table -> its settings and its share of --steps
     FAR: ({"digits": 8, "lengths": (8, 10, 12, 16)}, 1.0),
-    "NoPE": (SHORT | {"pos": "nope"}, 0.8),
-    "Abacus": (SMALL, 0.7),
-    "FIRE": (SHORT | {"pos": "fire"}, 0.8),
-    "Abacus, no injection": (SMALL | {"injection": "none"}, 0.7),
-    "Abacus + FIRE": (SMALL | {"pos": "abacus+fire"}, 0.7),
+    "NoPE": (WIDE | {"pos": "nope"}, 1.5),
+    "Abacus": (NARROW, 1.5),
+    "FIRE": (WIDE | {"pos": "fire"}, 1.2),
+    "Abacus, no injection": (NARROW | {"injection": "none"}, 1.5),
+    "Abacus + FIRE": (NARROW | {"pos": "abacus+fire"}, 1.5),
 }
 
 
