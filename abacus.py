@@ -8,7 +8,7 @@ Idea     Write numbers least significant digit first, and add a learned vector f
 Here     The claim we check: trained on up to 3 digits, which all models learn, Abacus adds 4 digits and the rivals NoPE
          and FIRE do not. Trained on up to 8 digits, it adds 10, at less than 1/100000 of the paper's compute.
 Differs  - A model of 0.2 to 0.5 M parameters with RMSNorm before each part; --norm post is the released shape.
-         - A curriculum: digits and offsets grow over the first steps. Without it few runs find an answer's first digit.
+         - A curriculum: digits and offsets grow from 1 over the first steps, so short sums come first.
          - One offset per example, not per batch; up to 15 for 3 digits and 30 for 8, for the paper's 100 for 20.
          - The loop starts at zero, not at noise. All its rounds have gradients; --loss progressive is the paper's.
          - AdamW without weight decay, fresh problems in every step, a schedule in steps instead of seconds.
@@ -16,8 +16,9 @@ Differs  - A model of 0.2 to 0.5 M parameters with RMSNorm before each part; --n
     python abacus.py                                            # laptop: tables, claim, picture
     python abacus.py --quick                                    # two models, no verdict
     torchrun --nproc-per-node 2 abacus.py --device cpu          # what the first line starts: rows shared by two
-    python abacus.py train --task sort --digits 4               # or sub, mul, or; with checkpoints, see --resume
-    python abacus.py eval --problem 97+8                        # that run: lengths, hard sums, your own sum
+    python abacus.py train                                      # Abacus on 8 digits, with checkpoints, see --resume
+    python abacus.py eval --problem 97+8                        # that model: lengths, hard sums, a sum of your own
+    python abacus.py train --task sort --digits 4 --out sorted  # or sub, mul, or
     python abacus.py bench                                      # speed of a step, of decoding, of making problems
     torchrun --nproc-per-node 8 abacus.py train --preset paper  # the paper's sizes; never run
 
@@ -92,7 +93,7 @@ class AbacusEmbedding(nn.Module):
         offset = torch.as_tensor(1 if offset is None else offset)
         row, rows = digit_positions(ids, self.digit_ids, offset), len(self.table.weight)  # (B, T)
         if ids.numel() and ids.shape[1] + offset.max() > rows and row.max() >= rows:  # a GPU waits only if it may be so
-            raise ValueError(f"place {int(row.max())} needs more than the table's {rows} rows")
+            raise BadInput(f"place {int(row.max())} needs more than the table's {rows} rows")
         return self.table(row)
 
 
@@ -539,7 +540,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     torch.set_num_threads(1)  # sums are rounded alike on any number of ranks
     names, run, mine, every = list(RUNS), report.Run(cfg.out, cfg, w), {}, [None] * w.size
     if cfg.quick:
-        names, cfg = ["NoPE", "Abacus"], replace(cfg, steps=cfg.steps // 2)
+        names, cfg = ["FIRE", "Abacus"], replace(cfg, steps=cfg.steps // 3)
     owner = {name: RUNS[name][2] % w.size for name in names}
     for name in (name for name in names if owner[name] == w.rank):
         changes, share, _ = RUNS[name]
@@ -602,10 +603,8 @@ def evaluate(cfg: Config, w: cluster.World) -> None:
     text = trials(cfg.task, cfg.lengths[0], cfg.lengths[0], 1, cfg.seed)[0]
     if cfg.problem:
         a, _, b = cfg.problem.partition(OPERATORS.get(cfg.task, " ")[0])
-        if not (a.isdigit() and b.isdigit()):
-            raise BadInput(
-                f"--problem {cfg.problem}: this model's task is {cfg.task}. Give add 97+8, sub 97-8, mul 97x8."
-            )
+        if not (a.isdecimal() and b.isdecimal()):
+            raise BadInput(f"--problem {cfg.problem}: the model's task is {cfg.task}. add: 97+8, sub: 97-8, mul: 97x8")
         text = written(cfg.task, int(a), int(b))
     w.print(table({f"task {cfg.task}, {cfg.pos}": examine(model, cfg, cfg.digits)}))
     question, answer = text.split("=")
