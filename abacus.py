@@ -22,7 +22,7 @@ Differs  - A model of 0.2 to 0.5 M parameters with RMSNorm before each part; --n
     python abacus.py bench                                      # speed of a step, of decoding, of making problems
     torchrun --nproc-per-node 8 abacus.py train --preset paper  # the paper's sizes; never run
 
-Expect   TODO
+Expect   "10+10 0.99, 12+12 0.93; ... 4+4 Abacus 0.86, Abacus + FIRE 0.76, NoPE 0.03, FIRE 0.09" on CPU with seed 0.
 Writes   results/abacus/: metrics.jsonl, claim.json, abacus.png; checkpoint.pt (train), bench.json.
 """
 
@@ -579,7 +579,8 @@ def draw(found: dict, figure, axes) -> None:
     columns = list(zip(*grid, strict=True))  # rows of the picture are b, columns are a
     image = axes[1].imshow(columns, origin="lower", extent=(0.5, most, 0.5, most), vmin=0, vmax=1)
     axes[1].plot([0.5, edge, edge], [edge, edge, 0.5], color="red", lw=2)
-    axes[1].set(xlabel="digits of a", ylabel="digits of b", title="a + b, Abacus (red: lengths of training)")
+    axes[1].set(xlabel="digits of a", ylabel="digits of b", title="red: lengths of training")
+    axes[1].set(xticks=range(2, len(grid) + 1, 2), yticks=range(2, len(grid) + 1, 2))
     figure.colorbar(image, ax=axes[1], label="exact match")
 
 
