@@ -18,8 +18,8 @@ from test_house import SCRIPTS
 
 # A small `train` of each script: long enough to be killed in its middle, with several checkpoints on the way.
 TRAIN = {
-    "abacus": "--d-model 32 --n-head 2 --ff 32 --n-layer 1 --digits 2 --max-offset 3 --batch 16 --short 20 --probe 2 "
-    "--probe-every 50 --per-length 16 --steps 300 --save-every 20 --log-every 1",
+    "abacus": "--d-model 64 --ff 32 --n-layer 1 --digits 2 --max-offset 3 --batch 16 --lengths 2 --steps 300 "
+    "--save-every 20 --log-every 1",
     "axonn": "--vocab 300 --block 16 --batch 4 --steps 60 --save-every 7",
     "goldfish": "--d-model 32 --n-layer 1 --vocab 300 --log-every 1 --steps 150 --save-every 10",
     "recurrent_depth": "--block 8 --settle 0.69 --batch 8 --d-model 16 --ff 24 --r-bar 3 --k 2 --rows 32 "
@@ -32,11 +32,10 @@ TRAIN = {
 }
 # Demos that start processes of their own, shortened: Ctrl-C must end those too.
 DEMO = {
-    "abacus": TRAIN["abacus"].replace("--steps 300", "--steps 5000 --few-steps 5000"),
     "axonn": "--ranks 2",
     "slimadam": TRAIN["slimadam"].replace("--steps 300", "--steps 5000"),
 }
-FOLDER = {"abacus": "seed0"}  # where train writes below --out
+FOLDER = {}  # where train writes below --out
 FAR = {"topk_attention": "--steps 100000 4"}  # a run that only a signal ends
 
 
