@@ -12,7 +12,7 @@ Differs  - 0.5 M parameters and rows of 65 tokens, for LLaMA-2-7B and TinyLlama-
          - The loss is divided by the supervised targets of the whole step. The hash table is drawn on the CPU.
          - Preset 1b cuts rows without end-of-text tokens; its tokenizer is a word list, or yours (a .npy of ids).
 
-    python goldfish.py                                              # laptop: table, claim, picture; two minutes
+    python goldfish.py                                              # laptop: table, claim, picture; 3 minutes
     python goldfish.py --quick                                      # half a minute, no verdict
     torchrun --nproc-per-node 2 goldfish.py --device cpu            # the same numbers on two processes
     python goldfish.py train --k 4                                  # one run, with checkpoints; see --resume
@@ -507,7 +507,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     text, run, found = Text(cfg), report.Run(cfg.out, cfg, w), {}
     for name in ("ordinary", "k=4", "control") if cfg.quick else RUNS:
         changes, batches = RUNS[name]
-        factor = changes.get("steps", 1) * (2 / 3 if cfg.quick else 1)
+        factor = changes.get("steps", 1) * (0.5 if cfg.quick else 1)
         c = replace(cfg, **changes | {"steps": round(cfg.steps * factor), "exposures": round(cfg.exposures * factor)})
         found[name] = measure(c, text, train_model(c, text, w, run, name, **batches))
         run.log(measured=name, **found[name])
