@@ -539,7 +539,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     torch.set_num_threads(1)  # sums are rounded alike on any number of ranks
     names, run, mine, every = list(RUNS), report.Run(cfg.out, cfg, w), {}, [None] * w.size
     if cfg.quick:
-        names, cfg = ["FIRE", "Abacus"], replace(cfg, steps=cfg.steps // 3)
+        names, cfg = ["FIRE", "Abacus"], replace(cfg, steps=cfg.steps // 6)
     owner = {name: RUNS[name][2] % w.size for name in names}
     for name in (name for name in names if owner[name] == w.rank):
         changes, share, _ = RUNS[name]
