@@ -50,5 +50,6 @@ def test_the_verdict_falls_with_random_vectors_for_the_encoder_or_without_a_leak
     verdict = lambda f=found, p=0.0005, gains=gains, rises=rises: D.judge(f, p, gains, rises)[0]
     assert verdict() and not verdict(found | {"random vectors": ours})
     assert not verdict(found | {"paraphrase encoder": flat})
+    assert not any(verdict(found | {"paraphrase encoder": ours | {k: 0.1}}) for k in ours)
     assert not verdict(p=0.02) and not verdict(gains=[0.9, 1, 2]) and not verdict(rises=[1, 1, 2])
     pytest.raises(cli.BadInput, D.Config, support=(1, 2))

@@ -22,7 +22,7 @@ def test_the_noise_has_the_papers_bound_and_length_for_every_sequence():
 
 def test_rouge_l_is_the_longest_common_subsequence():
     subsets = lambda a: {c for n in range(len(a) + 1) for c in itertools.combinations(a, n)}
-    for a, b in (("abcde", "badce"), ("aab", "aba"), ("xyz", "abc"), ("abc", "abc"), ("a", "bcab"), ("", "")):
+    for a, b in (("abcde", "badce"), ("aab", "aba"), ("xyz", "abc"), ("abc", "abc"), ("a", "baab"), ("", "")):
         common = max(map(len, subsets(a) & subsets(b)))
         assert N.rouge_l(list(a), list(b)) == pytest.approx(2 * common / max(1, len(a) + len(b)))
 
