@@ -8,14 +8,14 @@ Here     A small model is pre-trained on Python's documentation, then fine-tuned
          signature, and as the reply the first paragraph of its docstring. The claim we check: after a fixed number of
          epochs, noise has made the training loss higher, the test loss lower, and replies to training prompts less like
          the training replies. Control: plain fine-tuning. For comparison: dropout, and every arm stopped early.
-Differs  - A model of 0.2 M parameters for 7 B, tiny data, and more epochs at a rate where plain fine-tuning overfits.
+Differs  - A model of 0.2 M parameters for 7 B, tiny data, and a long training at a rate where the plain arm overfits.
          - L is the length of a sequence without its padding. The released code takes the padded length.
          - Nobody judges the replies, so the paper's headline, the gain in AlpacaEval, is not checked.
 
     python shorts/neftune.py                                            # laptop, about a minute
     python shorts/neftune.py --quick                                    # less training, no verdict
 
-Expect   With alpha 15 a lower "test loss" than plain, and a higher "training loss", on CPU with seed 0.
+Expect   In the table, alpha 15 has a lower "test loss" than plain and a higher "training loss", on CPU with seed 0.
 Writes   results/neftune/: metrics.jsonl, claim.json, neftune.png
 """
 
