@@ -14,7 +14,7 @@ Differs  - A PFN of 0.06 M parameters, trained from scratch, 12 made tables, and
     python shorts/pfn_boost.py                                          # laptop, about a minute
     python shorts/pfn_boost.py --quick                                  # fewer tables and rows, no verdict
 
-Expect   EXPECT
+Expect   "1024: 0.442 (GBDT 0.446)" on CPU with seed 0.
 Writes   results/pfn_boost/: metrics.jsonl, claim.json, pfn_boost.png
 """
 
@@ -35,8 +35,7 @@ def boost(below: Tensor, y: Tensor, start: Tensor, held: tuple, rounds: tuple, c
 
     below (B, n, C): is the row below the cut? y (B, n): labels. held: below (B, m, C) and start (B, S, m) of others.
     Returns their margins, start plus trees, after so many rounds: (rounds, B, S, m)."""
-    margin, (below_held, start_held) = start, held
-    path = [start_held]
+    margin, below_held, path = start, held[0], [held[1]]
     for _ in range(max(rounds)):
         p = margin.sigmoid()  # of start and trees, so the next tree learns what both miss
         tree = grow(below, p - y[:, None], p * (1 - p), cfg)
@@ -137,7 +136,8 @@ def train_pfn(cfg: Config, w: cluster.World) -> PFN:
 
 def score(net: PFN, x: Tensor, y: Tensor, rows: Tensor, context: int) -> Tensor:
     """Log-odds (B, m) of rows (B, m, d), after at most `context` labelled rows of x (B, n, d)."""
-    return net(torch.cat([x[:, :context], rows], dim=1), y[:, :context])
+    x, y = x[:, :context], y[:, :context]
+    return torch.cat([net(torch.cat([x, part], dim=1), y) for part in rows.split(64, dim=1)], dim=1)
 
 
 def out_of_fold(net: PFN, x: Tensor, y: Tensor, context: int, parts: int = 5) -> Tensor:

@@ -15,7 +15,7 @@ Differs  - A net of 0.06 M parameters for Llama-2-7B-Chat, one token a character
     python shorts/shallow_alignment.py                                  # laptop, about a minute
     python shorts/shallow_alignment.py --quick                          # less training, no verdict
 
-Expect   EXPECT
+Expect   "prefilled, the net answers 0.99, deep 0.00" on CPU with seed 0.
 Writes   results/shallow_alignment/: metrics.jsonl, claim.json, shallow_alignment.png
 """
 
