@@ -161,7 +161,7 @@ def experiment(cfg: Config, w: cluster.World) -> tuple[Tensor, dict, dict]:
     asked = draw(people, RELATIONS)  # what a person is asked about: only a leak tells it
     known = torch.cartesian_prod(torch.arange(people), torch.arange(RELATIONS))
     known = known[known[:, 1] != asked[known[:, 0]]]
-    texts = lambda facts: language.tell(*facts.T, draw(len(facts), WORDINGS))
+    texts = lambda facts: language.tell(*facts.T, draw(len(facts), WORDINGS))  # in wordings drawn anew each time
     support, wording = torch.tensor(cfg.support).repeat(cfg.questions)[: cfg.questions], draw(cfg.questions, WORDINGS)
     question = language.tell(torch.arange(cfg.questions), asked[: cfg.questions], wording)
     row, other = paraphrases(wording, support, g)
@@ -170,8 +170,8 @@ def experiment(cfg: Config, w: cluster.World) -> tuple[Tensor, dict, dict]:
     sets = {"control": torch.cat([replay, filler]), "leak": torch.cat([replay, language.tell(row, asked[row], other)])}
     table, losses, densities = nn.Parameter(torch.randn(language.vocab, WIDTH)), {}, {}
     read = lambda facts: embed(table, texts(facts)[:, :-1])  # the encoder reads questions, never answers
-    pairs = known[draw(300 * 256, len(known))].view(300, 256, 2)
-    find = lambda facts: F.cross_entropy(read(facts) @ read(facts).T / 0.1, torch.arange(256))  # its paraphrase of 256
+    pairs = known[draw(300 * 256, len(known))].view(300, 256, 2)  # a text has to find its paraphrase among 256
+    find = lambda facts: F.cross_entropy(read(facts) @ read(facts).T / 0.1, torch.arange(256))
     descend([table], report.progress(pairs, "encoder", w), find, 0.02)
     base = fit(LM(language.vocab), texts(known[draw(96 * cfg.pretrain, len(known))]), 1, 3e-3, g)
     for arm, data in report.progress(sets.items(), "fine-tune", w):
