@@ -234,6 +234,7 @@ def main(cfg: Config) -> None:
             for name in loss[16]:
                 axis.plot(counts, [loss[n][name] for n in counts], "o-" if name == "boost" else ".--", label=name)
             axis.set(xscale="log", xlabel="labelled rows", ylabel="log loss on test rows")
+            axis.set_xticks(counts, counts)
             axis.legend(frameon=False)
 
         w.print(report.picture(f"{cfg.out}/pfn_boost.png", draw, figsize=(8, 5)))
