@@ -250,7 +250,7 @@ class SlimAdamW(torch.optim.Optimizer):
     "default" (by layer type), "adam", "adalayer", {name: K or None}, or a rules file. compile: one graph for all.
     State is torch.optim.AdamW's (step, exp_avg, exp_avg_sq), float32 or better, DTensors for DTensors. Decay reaches
     tensors with two axes or more. load_state_dict takes AdamW's checkpoints. Clip with nn.utils.clip_grad_norm_.
-    BadInput (a ValueError): impossible numbers, rules that do not fit, layouts in which a line is not a line."""
+    BadInput (a ValueError): impossible numbers, rules that do not fit, unknown layouts. RuntimeError: flattened."""
 
     def __init__(self, named, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, rules="default", compile=False):
         if not all(0 <= x < math.inf for x in (lr, eps, weight_decay)) or not all(0 <= b < 1 for b in betas):
@@ -290,7 +290,7 @@ class SlimAdamW(torch.optim.Optimizer):
         if not p.is_floating_point():
             raise BadInput(f"{what} is {p.dtype}: train floating tensors, complex ones as torch.view_as_real")
         if flat or (name.endswith("weight") and p.ndim == 1 and layer_type(name) in AXIS):
-            raise BadInput(f"{what} is a piece of a flattened matrix (FSDP1? ZeRO?). Use fully_shard: it keeps rows.")
+            raise RuntimeError(f"{what} is a piece of a flattened matrix (FSDP1? ZeRO?). Use fully_shard, not that.")
         if K is not None and (not all(type(d) is int and 0 <= d < p.ndim for d in K) or len(set(K)) < len(K)):
             raise BadInput(f"{what} cannot be averaged over {K}: give distinct axes out of 0..{p.ndim - 1}")
         if isinstance(p, DTensor) and not all(type(s) in (Shard, Replicate) for s in p.placements):
@@ -584,7 +584,7 @@ def train(cfg: Config, w: cluster.World, rules=None, seen: dict | None = None) -
     ddp = fully_shard(model) if sharded else nn.parallel.DistributedDataParallel(model)
     net, path = torch.compile(ddp) if cfg.compile else ddp, f"{cfg.out}/checkpoint" + ("" if sharded else ".pt")
     optimizer = SlimAdamW(model, rules=rules or cfg.rules, compile=cfg.compile)
-    w.print("{total} weights, {kept} numbers in v: saved {saved:.2%} of v".format(**optimizer.memory_report()))
+    w.print("{total} weights, {kept} second moments: saved {saved:.2%} of v".format(**optimizer.memory_report()))
     parts = {"model": model, "optimizer": optimizer}
     if sharded:
         both, names = (model, optimizer), ("model_state_dict", "optim_state_dict")
