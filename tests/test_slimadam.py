@@ -5,20 +5,17 @@ import json
 import math
 import re
 import shutil
-import warnings
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import run_ranks, run_script
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import slimadam as S
@@ -28,6 +25,7 @@ DATA = Path(__file__).parent / "data" / "slimadam"  # reference vectors; see its
 SMALL = {"preset": "laptop", "data": ("docs",), "d_model": 16, "n_head": 2, "n_layer": 1, "block": 16, "steps": 12,
          "batch": 24, "accum": 2, "log_every": 1, "save_every": 5, "device": "cpu"}  # fmt: skip
 FLAGS = [word for name, value in SMALL.items() for word in cli.spell(name, value).split()]
+T = torch.ones(4, 6)
 
 
 def close(a, b, tol=0.0):
@@ -39,18 +37,15 @@ def gpt(**kw):
 
 
 def meta(**shapes):
-    """(name, tensor without data) pairs; __ in a keyword is a dot."""
     return [(n.replace("__", "."), nn.Parameter(torch.empty(s, device="meta"))) for n, s in shapes.items()]
 
 
 def steps(P, optimizer, n, first=0):
-    """n steps with random gradients, the same for whole and for sharded tensors."""
     P = list(P)
     for t in range(first, first + n):
         g = torch.Generator().manual_seed(t)
         for p in P:
-            x = torch.randn(p.shape, generator=g).to(p.dtype)
-            p.grad = distribute_tensor(x, p.device_mesh, p.placements) if isinstance(p, DTensor) else x
+            p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
         optimizer.step()
 
 
@@ -72,8 +67,6 @@ def test_the_released_optimizer(name, tol):
             g = torch.tensor(d[f"g/{family(n)}"][t]) * (n != "zero.d0")
             p.grad = None if n == "skip.d1" and d["skip"][t] else g
         optimizer.step()
-        for n, p in P.items() if t == 0 else ():
-            close(p.detach(), torch.tensor(d[f"p1/{n}"]), tol)
     for n, p in P.items():
         s = optimizer.state[p]
         for x, key in ((p.detach(), f"p{int(T)}"), (s["exp_avg"], "m"), (s["exp_avg_sq"], "v")):
@@ -81,7 +74,7 @@ def test_the_released_optimizer(name, tol):
         assert int(s["step"]) == int(d[f"step/{n}"]) and len(P) == 30
 
 
-def test_snr_of_the_released_code_and_its_properties():
+def test_the_released_snr_and_rules():
     d = np.load(DATA / "snr.npz")
     keys = [key.split("/") for key in d.files if key.startswith("snr64/")]
     for kind, name, axes in keys:
@@ -89,12 +82,7 @@ def test_snr_of_the_released_code_and_its_properties():
         np.testing.assert_allclose(got, d[f"{kind}/{name}/{axes}"], rtol=1e-9)
     v = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
     assert len(keys) == 50 and S.snr(v, (0, 1)) <= min(S.snr(v, (0,)), S.snr(v, (1,)))  # more axes never raise it
-    assert S.snr(v * 1e-30, (0,)) == pytest.approx(S.snr(v, (0,)), rel=1e-6)
-    for flat, K in ((torch.full((3, 4), 0.3), (1,)), (v[:1], (0,)), (v * 0, (1,))):
-        assert math.isnan(S.snr(flat, K))
-
-
-def test_the_released_rules():
+    assert S.snr(v * 1e-30, (0,)) == pytest.approx(S.snr(v, (0,))) and math.isnan(S.snr(torch.full((3, 4), 0.3), (1,)))
     d, mean, shapes = np.load(DATA / "snr_gpt_small.npz"), {}, {}
     numbers = lambda text: tuple(map(int, re.findall(r"\d+", str(text))))
     for name, shape, K, values in zip(d["name"], d["shape"], d["dims"], d["snr"], strict=True):
@@ -113,49 +101,35 @@ def test_the_released_rules():
     with torch.device("meta"):
         small = S.GPT(S.Config("train", **S.PRESETS["small"]))
     assert sum(p.numel() for p in small.parameters()) == 124373760
-
-
-def test_derive_rules():
     mean = {"w": {(0,): 3.0, (1,): 2.0, (0, 1): 1.5}, "x": {(0,): 0.2, (1,): 1.0, (0, 1): 0.1}, "b": {(0,): 9.0},
             "tie": {(0,): 2.0, (1,): 2.0}, "n": {(0,): math.nan, (1,): 2.0}, "nan": {(0,): math.nan, (1,): math.nan}}
     assert [*S.derive_rules(mean).values()] == [(0,), None, None, (0,), (1,), None]
     assert S.derive_rules(mean, 0.9)["x"] == (1,) and S.candidates(4) == [(0,), (1, 2, 3), (0, 1, 2, 3)]
 
 
-def test_layer_types():
+def test_rules_by_name_of_odd_models_and_of_files(tmp_path):
     table = {
         "model.layers.3.self_attn.q_proj.weight": "query", "h.0.attn.c_proj.weight": "output",
-        "h.0.mlp.c_proj.weight": "down", "attn.qkv.weight": "fused", "lm_head.weight": "head", "w1": "gate",
+        "h.0.mlp.c_proj.weight": "down", "attn.qkv.weight": "fused", "w1": "gate",
         "embeddings.LayerNorm.weight": "norm", "patch_embed.proj.weight": "patch", "pos_embed": "position",
         "layer1.0.conv1.weight": None, "conv1.weight": "patch", "module._orig_mod.wte.weight": "embedding",
         "_orig_mod.module.wte.weight": "embedding", "encoder.layer.0.attention.output.dense.weight": "output",
         "q_norm.weight": "norm", "output.weight": "head", "x.output.weight": None, "embed.proj.weight": None,
         "v_proj.lora_A.default.weight": None, "v_proj.base_layer.weight": "value", "head.0.weight": None,
-        "norm_mixer.v_proj.weight": "value", "k_proj.parametrizations.weight.original": "key", "weight": None,
+        "norm_mixer.v_proj.weight": "value", "k_proj.parametrizations.weight.original": "key",
     }  # fmt: skip
     assert {n: S.layer_type(n) for n in table} == table
-
-
-def test_default_rules_of_odd_models_and_wrapped_names():
     with pytest.warns(UserWarning, match="2 tensors, 588 weights: layer1.0.conv1.weight, mlp.gate.weight"):
         rules = S.default_rules(meta(
             a__qkv__weight=(12, 4), a__qkv__bias=(12,), pos_embed=(1, 9, 4), conv1__weight=(8, 3, 7, 7),
             layer1__0__conv1__weight=(8, 8, 3, 3), mlp__gate__weight=(3, 4), v_proj__weight=(4, 4),
         ))  # fmt: skip
     assert [*rules.values()] == [(1,), None, (2,), (1, 2, 3), None, None, (0,)]
-    like = type("Conv1D", (nn.Module,), {})  # as Hugging Face's GPT-2 stores weights, (in, out)
-    odd = nn.ModuleDict({"c_attn": like(), "c_fc": like(), "x": nn.Embedding(9, 4), "y": nn.LayerNorm(4)})
-    odd.c_attn.weight, odd.c_fc.weight = (nn.Parameter(torch.ones(4, n)) for n in (12, 16))
-    assert [*S.default_rules(odd).values()] == [(0,), (1,), (1,), None, None]
-    with pytest.raises(cli.BadInput, match="Give the model"):
-        S.default_rules(odd.named_parameters())
+    with pytest.raises(cli.BadInput, match="Give the model"):  # as Hugging Face's GPT-2 stores weights, (in, out)
+        S.default_rules(meta(h__0__attn__c_attn__weight=(4, 12)))
     model = gpt(tied=True)
-    compiled = torch.compile(model, backend="eager")
-    for wrapped in (compiled, nn.ModuleDict({"module": compiled})):
-        assert S.SlimAdamW(wrapped.named_parameters()).rules == S.default_rules(model) == S.SlimAdamW(wrapped).rules
-
-
-def test_rules_files_and_stars(tmp_path):
+    wrapped = nn.ModuleDict({"module": torch.compile(model, backend="eager")})
+    assert S.SlimAdamW(wrapped.named_parameters()).rules == S.default_rules(model) == S.SlimAdamW(wrapped).rules
     S.save_rules({"b": (1,), "a": None, "module.c": (0, 1)}, tmp_path / "r.json")
     assert S.load_rules(tmp_path / "r.json") == {"a": None, "b": (1,), "c": (0, 1)}
     named = meta(h__0__mlp__0__w=(2, 2), h__12__mlp__0__w=(2, 2), h__1__mlp__2__w=(2, 2))
@@ -164,17 +138,14 @@ def test_rules_files_and_stars(tmp_path):
 
 
 def test_v_is_the_mean_of_adams_v_and_adamw_loads():
-    model, kw = gpt().double(), {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    model, kw = gpt().double(), {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.0}
     slim_model, same_model = copy.deepcopy(model), copy.deepcopy(model)
-    matrices, others = ([p for p in model.parameters() if (p.ndim > 1) is many] for many in (True, False))
-    adam = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], **kw)
+    adam = torch.optim.AdamW(model.parameters(), **kw)
     slim, same = S.SlimAdamW(slim_model, **kw), S.SlimAdamW(same_model.named_parameters(), rules="adam", **kw)
     for net, optimizer in ((model, adam), (slim_model, slim), (same_model, same)):
         steps(net.parameters(), optimizer, 5)
-    plain = torch.optim.AdamW(model.parameters(), **kw)
-    plain.load_state_dict({**plain.state_dict(), "state": dict(enumerate(adam.state[p] for p in model.parameters()))})
     fresh, both = S.SlimAdamW(slim_model), S.SlimAdamW(slim_model, rules="adalayer")
-    fresh.load_state_dict(plain.state_dict())
+    fresh.load_state_dict(adam.state_dict())
     both.load_state_dict(slim.state_dict())  # coarser than the rules that it was saved by
     for (name, p), q, r in zip(model.named_parameters(), slim_model.parameters(), same_model.parameters(), strict=True):
         K, v = slim.rules[name], adam.state[p]["exp_avg_sq"]
@@ -183,11 +154,8 @@ def test_v_is_the_mean_of_adams_v_and_adamw_loads():
         close(both.state[q]["exp_avg_sq"].squeeze(), v.mean(), 1e-14)
         for key in ("step", "exp_avg", "exp_avg_sq"):
             close(fresh.state[q][key], slim.state[q][key], 1e-14)
-    mixed = copy.deepcopy(slim.state_dict())
-    mixed["param_groups"][0]["param_names"].reverse()
-    for optimizer, state, text in ((fresh, mixed, "same order"), (same, slim.state_dict(), "that it was saved by")):
-        with pytest.raises(cli.BadInput, match=text):
-            optimizer.load_state_dict(state)
+    with pytest.raises(cli.BadInput, match="rules that it was saved by"):
+        same.load_state_dict(slim.state_dict())
 
 
 def test_pieces_and_compiled_updates_equal_the_method():
@@ -210,100 +178,54 @@ def test_pieces_and_compiled_updates_equal_the_method():
         close(p, q, 1e-6)
 
 
-def test_checkpoints_and_copies_are_exact_in_their_dtype():
-    for dtype in (torch.float32, torch.bfloat16):
-        a, b = gpt().to(dtype), gpt(seed=1).to(dtype)
-        full, part = S.SlimAdamW(a, lr=0.01), S.SlimAdamW(b, lr=0.5)
-        steps(a.parameters(), full, 2)
-        b.load_state_dict(a.state_dict())
-        part.load_state_dict(full.state_dict())
-        c, copied = copy.deepcopy((a, full))
-        for model, optimizer in ((a, full), (b, part), (c, copied)):
-            steps(model.parameters(), optimizer, 2, 2)
-        assert all(torch.equal(p, q) for x in (b, c) for p, q in zip(a.parameters(), x.parameters(), strict=True))
-        assert part.state[b.wte.weight]["exp_avg"].dtype == torch.float32 and part.param_groups[0]["lr"] == 0.01
-    adam = torch.optim.AdamW(a.parameters())  # whose state is bfloat16, as the weights
-    steps(a.parameters(), adam, 1)
-    full.load_state_dict(adam.state_dict())
-    steps(a.parameters(), full, 1)
-
-
-def test_it_is_a_torch_optimizer():
+def test_checkpoints_copies_groups_and_frozen_tensors():
+    a, b = gpt().bfloat16(), gpt().bfloat16()
+    full, part, adam = S.SlimAdamW(a, lr=0.01), S.SlimAdamW(b, lr=0.5), torch.optim.AdamW(gpt().bfloat16().parameters())
+    steps(adam.param_groups[0]["params"], adam, 1)
+    full.load_state_dict(adam.state_dict())  # whose state is bfloat16
+    part.load_state_dict(full.state_dict())
+    c, copied = copy.deepcopy((a, full))
+    for model, optimizer in ((a, full), (b, part), (c, copied)):
+        steps(model.parameters(), optimizer, 2, 2)
+    assert all(torch.equal(p, q) for x in (b, c) for p, q in zip(a.parameters(), x.parameters(), strict=True))
+    assert part.state[b.wte.weight]["exp_avg_sq"].dtype == torch.float32 and part.param_groups[0]["lr"] == 1e-3
     model, extra = gpt(), nn.Parameter(torch.ones(6, 4))
-    groups = [{"params": model.h.named_parameters(), "lr": 0.3}, {"params": model.wte.named_parameters("wte")}]
-    optimizer = S.SlimAdamW(groups, lr=0.2)
+    optimizer = S.SlimAdamW([{"params": model.h.named_parameters(), "lr": 0.3}], lr=0.2)
     optimizer.add_param_group({"params": [("extra.q_proj.weight", extra)]})
-    assert [g["lr"] for g in optimizer.param_groups] == [0.3, 0.2, 0.2]
     extra.grad = torch.zeros_like(extra)
     assert optimizer.step(lambda: torch.is_grad_enabled()) is True and len(optimizer.state) == 1
     close(extra.detach(), torch.full((6, 4), 1 - 0.2 * 0.1))  # without a gradient only decay moves a weight
-    model.wte.weight.requires_grad_(False)
+    model.wte.requires_grad_(False)  # a frozen tensor needs no rule
     rules = {n: K for n, K in S.default_rules(model).items() if n != "wte.weight"}
-    frozen = S.SlimAdamW(model, rules=rules).memory_report()  # a frozen tensor needs no rule and has no state
-    assert frozen["total"] == sum(p.numel() for p in model.parameters()) - 256 * 16
-    half, vector, empty = (nn.Parameter(torch.ones(s, dtype=torch.float16)) for s in ((2, 2), (3,), (0, 3)))
-    small = S.SlimAdamW([("q_proj.weight", half), ("b", vector), ("v_proj.weight", empty)], lr=0.1, weight_decay=0.0)
-    half.grad, vector.grad, empty.grad = torch.full_like(half, 1e-4), torch.zeros(3).half(), torch.zeros(0, 3).half()
-    small.step()  # 1e-4 has the square 0 in float16
-    assert small.state[half]["exp_avg_sq"].dtype == torch.float32 and (half < 0.91).all() and (vector == 1).all()
-
-
-T = torch.ones(4, 6)
+    assert S.SlimAdamW(model, rules=rules).memory_report()["total"] == sum(p.numel() for p in model.parameters()) - 4096
 
 
 @pytest.mark.parametrize("named, kw, text", [
     ([("w", T)], {"lr": math.nan}, "lr nan"), ([("w", T)], {"betas": (0.9, 1.0)}, "betas"), ([], {}, "named_para"),
-    ([("w", T)], {"rules": {"w": (2,)}}, r"\(4, 6\).*axes out of"), ([("w", T)], {"rules": {"w": (0, 0)}}, "distinct"),
-    ([("w", T)], {"rules": {"w": (True,)}}, "distinct"), ([("c", T + 1j)], {"rules": "adam"}, "view_as_real"),
-    ([("w", T)], {"rules": {"w": None, "x": (1,)}}, "no tensor for .'x'"), ([T], {}, "named_parameters"),
-    ([("w", nn.Parameter(T))], {"rules": {}}, "no rule for .'w'"), ([("q_proj.weight", T[0])], {}, "fully_shard"),
+    ([("w", T)], {"rules": {"w": (2,)}}, r"\(4, 6\).*axes out of"), ([("w", T)], {"rules": {"w": (True,)}}, "distinct"),
+    ([("w", T)], {"rules": {"w": None, "x": (1,)}}, "no tensor for .'x'"), ([("q_proj.weight", T[0])], {}, "flattened"),
+    ([("w", nn.Parameter(T))], {"rules": {}}, "no rule for .'w'"), ([("c", T + 1j)], {"rules": "adam"}, "view_as_real"),
     ([("a", T), ("module.a", T + 1)], {"rules": "adam"}, "twice"), ([("a", T), ("b", T)], {"rules": "adam"}, "a under"),
 ])  # fmt: skip
 def test_bad_input_of_the_optimizer(named, kw, text):
     with pytest.raises((ValueError, RuntimeError), match=text):
         S.SlimAdamW(named, **kw)
-    table = nn.Embedding(4, 6, sparse=True)
-    table(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match="sparse"):
-        S.SlimAdamW(table).step()
-
-
-def odd_layouts(size: int):
-    """Raw DTensors of uneven and empty shards, on one and two mesh axes, equal whole tensors; one all-reduce a step."""
-    line, shapes = init_device_mesh("cpu", (size,)), {"k": (5, 6), "v": (5, 4), "all": (5, 3), "one": (1, 4), "full": (5, 2)}
-    rules = {"k": (1,), "v": (0,), "all": (0, 1), "one": (0,), "full": None}
-    layouts = [(line, [Shard(0)]), (line, [Shard(1)])]
-    if size == 4:
-        square = init_device_mesh("cpu", (2, 2))
-        layouts += [(square, [Shard(0), Shard(1)]), (square, [Replicate(), Shard(0)])]
-    for mesh, how in layouts:
-        Q = {n: nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(0))) for n, s in shapes.items()}
-        P = {n: nn.Parameter(distribute_tensor(q.detach(), mesh, how)) for n, q in Q.items()}
-        a, b = (S.SlimAdamW(x.items(), lr=0.01, rules=rules) for x in (P, Q))
-        steps(Q.values(), b, 4)
-        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as calls:
-            steps(P.values(), a, 4)
-        assert len(how) == 2 or calls.call_count == 4
-        for n in P:
-            close(P[n].detach().full_tensor(), Q[n].detach(), 1e-6)
-            close(a.state[P[n]]["exp_avg_sq"].full_tensor(), b.state[Q[n]]["exp_avg_sq"], 1e-6)
 
 
 def refused_layouts():
-    net = nn.Sequential(OrderedDict(up_proj=nn.Linear(8, 8, bias=False), v_proj=nn.Linear(8, 8, bias=False)))
+    net = nn.Sequential(OrderedDict(up_proj=nn.Linear(8, 8), v_proj=nn.Linear(8, 8)))
     for kw in ({}, {"use_orig_params": True}):
-        with pytest.raises(RuntimeError, match="fully_shard"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with pytest.raises(RuntimeError, match="fully_shard"), pytest.warns(Warning):
             S.SlimAdamW(FullyShardedDataParallel(copy.deepcopy(net), device_id=torch.device("cpu"), **kw), rules="adam")
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
     strided = parallelize_module(copy.deepcopy(net), mesh["tp"], {"v_proj": ColwiseParallel()})
     with pytest.raises(cli.BadInput, match="v_proj.*unknown layout"):
         S.SlimAdamW(fully_shard(strided, mesh=mesh["dp"]), rules="adam")
-    net.up_proj.weight.requires_grad_(False)
+    net.up_proj.requires_grad_(False)
     optimizer = S.SlimAdamW(fully_shard(net))
     net(torch.ones(1, 8)).sum().backward()
     optimizer.step()
-    assert list(optimizer.state) == [net.v_proj.weight]  # frozen tensors hold nothing
+    assert set(optimizer.state) == set(net.v_proj.parameters())  # frozen tensors hold nothing
 
 
 def on_ranks(rank, size, folder):
@@ -311,12 +233,10 @@ def on_ranks(rank, size, folder):
     for how in ("ddp", "fsdp"):  # anew, and from what one process wrote after step 10
         S.train(S.Config("train", parallel=how, out=f"{folder}/{how}{size}", **SMALL), w)
         S.train(S.Config("train", parallel=how, out=f"{folder}/moved{size}/{how}", resume=True, **SMALL), w)
-    odd_layouts(size)
     if size == 2:
         refused_layouts()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3, pytest.param(4, marks=pytest.mark.drill)])
 def test_ranks_equal_one_process_and_checkpoints_move(size, tmp_path):
     with cluster.world("cpu") as w:
@@ -338,12 +258,12 @@ def test_ranks_equal_one_process_and_checkpoints_move(size, tmp_path):
 def test_resume_is_exact_and_refuses_other_rules(tmp_path, capsys):
     cfg = S.Config("train", out=f"{tmp_path}/a", rules=f"{tmp_path}/d/rules.json", **SMALL)
     with cluster.world("cpu") as w:
-        S.derive(S.Config("derive", out=f"{tmp_path}/d", cutoff=0.1, **SMALL | {"save_every": 100}), w)
+        S.derive(S.Config("derive", out=f"{tmp_path}/d", cutoff=0.1, **SMALL), w)
         S.train(cfg, w)
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         (tmp_path / "b/checkpoint.pt").write_bytes(b"damaged")  # so that of step 10 is taken
         S.train(replace(cfg, out=f"{tmp_path}/b", resume=True), w)
-        assert metrics(tmp_path / "b") == metrics(tmp_path / "a") and metrics(tmp_path / "d")[4]["lr"] == 6e-4
+        assert metrics(tmp_path / "b") == metrics(tmp_path / "a") and metrics(tmp_path / "d")[4]["lr"] < 6.1e-4
         rules = S.load_rules(cfg.rules)
         S.save_rules(dict.fromkeys(rules), cfg.rules)  # another method under the same name
         for change, text in (({"lr": 0.5}, "--lr 0.006, this run asks for --lr 0.5"), ({}, "another set of rules")):
@@ -352,28 +272,30 @@ def test_resume_is_exact_and_refuses_other_rules(tmp_path, capsys):
     assert rules["lm_head.weight"] == (1,) and "SNR (1,)" in capsys.readouterr().out
 
 
-def test_swapped_keeps_as_many_numbers_along_the_other_axis():
+def test_the_control_and_the_rank_correlation_by_hand():
     for shape, K in ((s, K) for s in ((8, 2), (2, 8), (4, 4)) for K in ((0,), (1,))):
         view, axes = S.swapped(shape, K)
         x = torch.arange(16.0).view(shape)
         mean = x.view(view).mean(axes, keepdim=True)
-        assert mean.numel() == math.prod(S.kept_shape(shape, K)) and S.swapped((3,), None) == ((3,), None)
         shared = mean.expand(view).reshape(shape)  # equal along the other axis, not along K
-        assert len(shared.unique(dim=K[0])) > 0 and shared.std(1 - K[0]).min() < x.std(1 - K[0]).min()
-        assert shape != (4, 4) or torch.equal(mean.flatten(), x.mean(1 - K[0]))
-
-
-def test_mechanism_against_a_hand_worked_case():
+        assert mean.numel() == math.prod(S.kept_shape(shape, K)) and (shared.std(1 - K[0]) < x.std(1 - K[0])).all()
     table = {n: {(0,): (3.0 + i, 0.3 - 0.1 * i), (1,): (1.0 - i / 9, 0.6 + 0.1 * i), (0, 1): (0.1 / (1 + i), 0.9 + i)}
              for i, n in enumerate("abc")}  # fmt: skip
     assert S.mechanism(table) == (pytest.approx(-1), 3, 3)
     table["a"][(0,)] = (0.95, 0.3)
     assert S.mechanism(table)[1:] == (2, 3) and -1 < S.mechanism(table)[0] < -0.7
+    v, w = torch.tensor([[1.0, 4.0], [1.0, 16.0]]), nn.Parameter(torch.ones(2, 2))
+    optimizer = S.SlimAdamW([("w", w)], rules="adam")
+    optimizer.state[w] = {"step": torch.tensor(1e4), "exp_avg": torch.ones(2, 2), "exp_avg_sq": v}
+    off = lambda *means: (torch.tensor(means).rsqrt() - v.rsqrt()).norm() / v.rsqrt().norm()  # 1 and 4 average to 2.5
+    assert S.fidelity(optimizer)["w"][(1,)][1] == pytest.approx(off([2.5, 2.5], [8.5, 8.5]).item(), rel=1e-5)
+    rates = [S.lr_at(S.Config("train", steps=10), 1.0, t) for t in range(10)]  # two fifths of warm-up, then the cosine
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, *(0.55 + 0.45 * math.cos(math.pi * t / 6) for t in range(6))])
 
 
 RUN = lambda loss, kept=2048, saved=0.98: {"val_loss": loss, "kept": kept, "saved": saved}
-LOSS = {"adam": (2.297, 2.107, 2.051, 2.066), "derived": (2.299, 2.131, 2.075, 2.113), "static": (2.297, 2.118, 2.069, 2.085),
-        "adalayer": (2.318, 2.221, 2.195, 2.234), "static swapped": (2.318, 2.176, 2.139, 2.13)}  # fmt: skip
+LOSS = {"adam": (2.297, 2.107, 2.051, 2.066), "derived": (2.299, 2.131, 2.075, 2.113), "adalayer": (2.318, 2.221, 2.195,
+        2.234), "static": (2.297, 2.118, 2.069, 2.085), "static swapped": (2.318, 2.176, 2.139, 2.13)}  # fmt: skip
 FOUND = {(n, lr): RUN(x) for n, row in LOSS.items() for lr, x in zip(S.LRS, row, strict=True)}  # of the demo, seed 0
 FOUND["derived swapped", 6e-3] = RUN(2.159)
 LOOKS = {lr: {100: (-0.93, 10, 15), 400: (-0.98, 15, 15)} for lr in (1e-3, 6e-3)}
@@ -384,18 +306,16 @@ def test_verdict():
     put = lambda name, other: {(name, lr): FOUND[other, lr] for lr in S.LRS}
     for change in (
         put("derived", "adalayer"), put("static", "static swapped"), put("static swapped", "static"),
-        {("derived swapped", 6e-3): RUN(2.075)}, {("static", 1e-3): RUN(2.31)}, {("static", 6e-3): RUN(2.069, saved=0.96)},
-        {("static swapped", 6e-3): RUN(2.139, 2047)}, {("static swapped", 6e-3): RUN(2.08)},
+        {("derived swapped", 6e-3): RUN(2.075)}, {("static", 1e-3): RUN(2.31)}, {("static swapped", 6e-3): RUN(2.08)},
+        {("static swapped", 6e-3): RUN(2.139, 2047)}, {("static", 6e-3): RUN(2.069, saved=0.96)},
     ):  # fmt: skip
         assert not S.judge(FOUND | change, LOOKS)[0], change
-    for look in ((-0.8, 15, 15), (-0.98, 11, 15)):
-        assert not S.judge(FOUND, LOOKS | {6e-3: {400: look}})[0]
+    assert not any(S.judge(FOUND, LOOKS | {6e-3: {400: x}})[0] for x in ((-0.8, 15, 15), (-0.98, 11, 15)))
 
 
 def test_demo_in_small(tmp_path, capsys):
     with cluster.world("cpu") as w:
-        cfg = S.Config(**{**SMALL, "preset": "demo", "accum": 1, "batch": 8, "steps": 8, "out": str(tmp_path)})
-        S.demo(cfg, w)
+        S.demo(cfg := S.Config(**{**SMALL, "preset": "demo", "accum": 1, "batch": 8, "steps": 8, "out": tmp_path}), w)
         claim = json.loads((tmp_path / "claim.json").read_text())
         assert not claim["holds"] and claim["here"] in capsys.readouterr().out and (tmp_path / "slimadam.png").exists()
         S.demo(replace(cfg, quick=True, out=f"{tmp_path}/quick"), w)
@@ -405,17 +325,18 @@ def test_demo_in_small(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    ("--lr 1", "mode demo does not read --lr; it belongs to train, derive"), ("derive --rules adam", "belongs to train"),
-    ("train --n-head 3", "not a multiple of --n-head 3"), ("train --warmup 2", "share of the steps"), ("train --vocab 9", "256"),
-    ("train --batch 3", "--accum 2"), ("train --chars 3000", "too small"), ("train --rules nowhere.json", "nowhere.json"),
-    ("train --preset demo", "--preset laptop"), ("train --data ids.npy", "token id 300"), ("train --rules x.json", "JSON"),
+    ("--lr 1", "mode demo does not read --lr; it belongs to train, derive"), ("derive --rules adam", "to train"),
+    ("train --n-head 3", "not a multiple of --n-head 3"), ("train --warmup 2", "share of the steps"),
+    ("train --batch 3", "--accum 2"), ("train --chars 3000", "too small"), ("train --rules nowhere.json", "nowhere"),
+    ("train --preset demo", "--preset laptop"), ("train --data ids.npy", "id 300"), ("train --rules x.json", "JSON"),
 ])  # fmt: skip
 def test_bad_input(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("x.json").write_text("[1]")
     np.save("ids.npy", np.full(9**5, 300))
     mode, more = [x for x in argv.split()[:1] if x[0] != "-"], argv.split()[0 if argv[0] == "-" else 1 :]
-    monkeypatch.setattr("sys.argv", ["slimadam.py", *mode, *(FLAGS if mode == ["train"] else []), *more, "--out", "out"])
+    flags = FLAGS if mode == ["train"] else []
+    monkeypatch.setattr("sys.argv", ["slimadam.py", *mode, *flags, *more, "--out", "out"])
     with pytest.raises(SystemExit) as stopped:
         cli.run(S.main, S.Config, S.PRESETS)
     said = capsys.readouterr().err.strip().splitlines()[-1]
