@@ -74,7 +74,25 @@ def slimadam(axis) -> None:
     axis.set(xlim=(-0.2, 12.5), ylim=(-1.2, 4.2))
 
 
-DRAW = {f.__name__: f for f in (goldfish, abacus, slimadam)}
+def axonn(axis) -> None:
+    """One product on a grid: Z splits the tokens, Y what is summed over, X the outputs; what travels along which axis."""
+    for name, x, rows, cols in (("I", 0, "m / Gz", "k / Gy"), ("W", 4.4, "n / Gx", "k / Gy"), ("O", 8.8, "m / Gz", "n / Gx")):
+        for i in range(2):
+            for j in range(2):
+                color = "#bfe3bf" if (i, j) == (0, 0) else "white"
+                box(axis, x + 1.3 * j, 1.7 - 0.85 * i, name if (i, j) == (0, 0) else "", color, 1.25)
+        axis.text(x + 1.3, 2.7, f"{name}: rows {rows}, columns {cols}", ha="center")
+    axis.text(3.5, 1.65, "times", ha="center")
+    axis.text(7.9, 1.65, "gives", ha="center")
+    notes = ((1.3, "backward: its gradient is\nall-reduced over X"),
+             (5.7, "forward: rows gathered over Z,\nbackward: gradient scattered"),
+             (10.1, "forward: all-reduced over Y;\nnext layer: X and Y swapped"))  # fmt: skip
+    for x, note in notes:
+        axis.text(x, 0.55, note, ha="center", va="top", color="tab:orange")
+    axis.set(xlim=(-0.6, 12.2), ylim=(-0.6, 3.2))
+
+
+DRAW = {f.__name__: f for f in (goldfish, abacus, slimadam, axonn)}
 
 
 def main(names: list[str]) -> None:

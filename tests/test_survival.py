@@ -32,7 +32,7 @@ TRAIN = {
 }
 # Demos that start processes of their own, shortened: Ctrl-C must end those too.
 DEMO = {
-    "axonn": "--ranks 2",
+    "axonn": "--quick",
     "slimadam": "--chars 200000 --steps 5000",
 }
 FOLDER = {}  # where train writes below --out
