@@ -75,8 +75,9 @@ def slimadam(axis) -> None:
 
 
 def axonn(axis) -> None:
-    """One product on a grid: Z splits the tokens, Y what is summed over, X the outputs; what travels along which axis."""
-    for name, x, rows, cols in (("I", 0, "m / Gz", "k / Gy"), ("W", 4.4, "n / Gx", "k / Gy"), ("O", 8.8, "m / Gz", "n / Gx")):
+    """One product on a grid: what of I, W and O lies on one rank, and what travels along which axis."""
+    sizes = (("I", 0, "m / Gz", "k / Gy"), ("W", 4.4, "n / Gx", "k / Gy"), ("O", 8.8, "m / Gz", "n / Gx"))
+    for name, x, rows, cols in sizes:
         for i in range(2):
             for j in range(2):
                 color = "#bfe3bf" if (i, j) == (0, 0) else "white"
