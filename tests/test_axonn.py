@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import time
 from collections import Counter
 from dataclasses import replace
 
@@ -356,7 +357,7 @@ def test_killed_and_resumed_on_another_grid(tmp_path):
     ranks = start_ranks(2, "axonn.py", *argv, "--grid", "1", "1", "2", "1", "--out", str(killed))
     try:
         while not (killed / "checkpoint.previous").exists() and ranks[0].poll() is None:
-            pass
+            time.sleep(0.02)
         ranks[1].kill()
         finish(ranks)
     finally:
