@@ -1,30 +1,28 @@
 """Recurrent depth: a language model that runs its middle layers as often as asked, so depth is chosen at test time.
 
-Paper    Geiping et al., "Scaling up Test-Time Compute with Latent Reasoning: A Recurrent Depth Approach", NeurIPS 2025,
-         arXiv:2502.05171. Second paper: McLeish et al., "Teaching Pretrained Language Models to Think Deeper with
-         Retrofitted Recurrence", arXiv:2511.07384.
+Paper    Geiping et al., "Scaling up Test-Time Compute with Latent Reasoning", arXiv:2502.05171, and McLeish et al.,
+         "Teaching Pretrained Language Models to Think Deeper with Retrofitted Recurrence", arXiv:2511.07384.
 Idea     Prelude, core, coda: only the core is repeated, always with the same weights. It starts from a random state and
-         reads the embedded tokens again in each iteration. Training draws the number of iterations, and gradients flow
-         through the last k only. So the core learns to improve whatever state it gets, and depth becomes a dial.
+         reads the embedded tokens again in each iteration. Training draws the number of iterations, so the core learns
+         to improve whatever state it gets, and depth becomes a dial. A pretrained model can be cut into these parts.
 Here     Two claims on running parity. (1) One set of weights gets more right with more iterations, below and beyond the
-         depth of training. (2) A model without recurrence that has learned one step solves the chain of steps when it
-         is made recurrent, and does not when it is trained on as it is, for the same number of layer passes.
-Differs  - 0.2 M parameters, layers (1, 2, 0), two classes; the paper has 3.5 B, (2, 4, 2) and 800 B tokens of text.
+         depth of training. (2) A model that has learned one step solves chains of it when it is made recurrent.
+Differs  - 0.2 M parameters, layers (1, 2, 0), parity in two classes; the papers have 1 to 3.5 B and text.
          - On parity, heads begin by looking at the token before, and the rate falls once the loss is below 0.54.
-         - AdamW, and Muon nowhere; --optimizer atan is the first paper's. One-dimensional weights do not decay.
-         - Claim 2 keeps the half of the adapter that reads the tokens. retrofit() draws all of it, as the paper does.
+         - AdamW; --optimizer atan is the first paper's. The second's Muon is left out. 1-D weights do not decay.
+         - Claim 2 keeps the half of the adapter that reads the tokens; retrofit() draws all of it, as the paper does.
 
     python recurrent_depth.py                                            # laptop: both claims, tables, picture
     python recurrent_depth.py --quick                                    # three short runs, no verdict
     torchrun --nproc-per-node 2 recurrent_depth.py --device cpu          # what the first line starts
     python recurrent_depth.py train --preset bytes                       # a byte-level model of Python's sources
-    python recurrent_depth.py eval --r 1 2 4 8                           # that model's loss by depth
+    python recurrent_depth.py eval --r 1 2 4 8                           # that model by depth
     python recurrent_depth.py generate --prompt "def f(" --exit-kl 5e-4  # what it writes, iterations per token
-    python recurrent_depth.py train --preset heal --out healed           # smollm2 made recurrent, then trained on text
+    python recurrent_depth.py train --preset heal --out healed           # smollm2 made recurrent, trained on text
     python recurrent_depth.py bench                                      # the cache; on a GPU at the paper's sizes
     torchrun --nproc-per-node 8 recurrent_depth.py train --preset huginn-3.5b --data corpus.npy  # never run
 
-Expect   EXPECT
+Expect   "EXPECT" on CPU with seed 0.
 Writes   results/recurrent_depth/: metrics.jsonl, claim.json, recurrent_depth.png; checkpoint.pt, model/, bench.json
 """
 
@@ -40,7 +38,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -53,7 +50,7 @@ from torch.utils.checkpoint import checkpoint
 from common import cli, cluster, loop, report
 from common.cli import BadInput, opt
 from common.text import Tokenizer, corpus
-from common.weights import PLAIN, open_weights, package, rope_frequencies
+from common.weights import open_weights, package, rope_frequencies
 
 # %% the method
 #
@@ -76,10 +73,10 @@ def think(prelude, core, coda, ids: Tensor, s: Tensor, n: int, k: int) -> tuple[
     return coda(s), s
 
 
-def initial_state(B: int, T: int, C: int, std: float = math.sqrt(0.4), generator=None) -> Tensor:
-    """s_0, (B, T, C): truncated normal noise, so that the core cannot rely on where it starts."""
-    s = torch.empty(B, T, C, device=generator.device if generator else None)
-    return nn.init.trunc_normal_(s, std=std, a=-3 * std, b=3 * std, generator=generator)
+def initial_state(B: int, T: int, shape: "Shape", generator=None) -> Tensor:
+    """s_0 (B, T, C): truncated normal noise, so that the core cannot rely on where it starts. Less when retrofitted."""
+    std = math.sqrt(0.4 / (1 if shape.qk_bias else shape.n_embd))
+    return nn.init.trunc_normal_(torch.empty(B, T, shape.n_embd), std=std, a=-3 * std, b=3 * std, generator=generator)
 
 
 def sample_depth(step: int, mean: float, k: int, sigma: float = 0.5) -> tuple[int, int]:
@@ -105,9 +102,9 @@ def ramped_mean(step: int, total: int, mean: int, ramp: str) -> int:
 # %% the model: sizes
 
 
-@dataclass(frozen=True)
+@dataclass
 class Shape:
-    """Sizes of a model, under the keys of the released config.json; the last five are ours. BadInput: do not fit."""
+    """Sizes of a model, under the keys of the released config.json. BadInput: they do not fit."""
 
     n_embd: int
     num_attention_heads: int
@@ -120,7 +117,7 @@ class Shape:
     vocab_size: int
     block_size: int
     norm_eps: float
-    rope_base: float
+    rope_theta: float
     tie_embeddings: bool
     num_key_value_heads: int = 0  # 0: as many as query heads
     head_dim: int = 0  # 0: n_embd / heads
@@ -130,81 +127,36 @@ class Shape:
 
     def __post_init__(self):
         C, H = self.n_embd, self.num_attention_heads
-        object.__setattr__(self, "num_key_value_heads", self.num_key_value_heads or H)
-        object.__setattr__(self, "head_dim", self.head_dim or C // H)
-        for wrong, message in (
-            (self.head_dim % 2 or (self.qk_bias and self.head_dim * H != C), f"width {C}, {H} heads of {self.head_dim}"),
-            (H % self.num_key_value_heads or (self.qk_bias and self.num_key_value_heads != H),
-             f"{H} query heads cannot share {self.num_key_value_heads} key heads here"),
-            (min(self.n_layers_in_recurrent_block, self.mean_recurrence, self.mean_backprop_depth) < 1,
-             "the core needs a layer, mean_recurrence and mean_backprop_depth must be at least 1"),
-            (self.n_out and self.tie_embeddings, f"n_out {self.n_out} needs a head of its own"),
-        ):  # fmt: skip
-            if wrong:
-                raise BadInput(f"no such model: {message}")
-
-    @property
-    def layers(self) -> tuple[int, int, int]:
-        """l_P, l_R, l_C."""
-        return self.n_layers_in_prelude, self.n_layers_in_recurrent_block, self.n_layers_in_coda
-
-    def frequencies(self) -> Tensor:
-        """Angle per position of each rotary pair, (D/2,) float32."""
-        rope = {"head_dim": self.head_dim, "rope_theta": self.rope_base, "rope_scaling": self.rope_scaling}
-        return rope_frequencies(rope)
+        self.num_key_value_heads, self.head_dim = self.num_key_value_heads or H, self.head_dim or C // H
+        D, Hk, l_R = self.head_dim, self.num_key_value_heads, self.n_layers_in_recurrent_block
+        if D % 2 or H % Hk or (self.qk_bias and (D * H != C or Hk != H)) or min(l_R, self.mean_recurrence) < 1:
+            raise BadInput(f"no such model: width {C}, {H} heads of {D}, {Hk} key heads, {l_R} core layers")
 
     @classmethod
     def from_json(cls, path: Path) -> "Shape":
-        """From a config.json of the first or of the second paper. BadInput: damaged, or of another architecture."""
+        """From a config.json of either paper's release. BadInput: damaged, or of another architecture."""
         try:
             given = json.loads(path.read_text())
-            kinds = given.get("injection_type", "linear"), given.get("block_class_name", "SandwichBlock")
-            if kinds not in (("linear", "SandwichBlock"), ("linear", "LlamaBlock")):
-                raise BadInput(f"{path}: injection and block {kinds}; only linear with SandwichBlock or LlamaBlock")
-            given = {"num_attention_heads": given.get("n_heads"), "rope_base": given.get("rope_theta")} | given
-            given["qk_bias"] = given.get("qk_bias", kinds[1] == "SandwichBlock")
+            kind = given.get("injection_type", "linear"), given.get("block_class_name", "SandwichBlock")
+            if kind not in (("linear", "SandwichBlock"), ("linear", "LlamaBlock")):
+                raise BadInput(f"{path}: {kind} is not supported, only linear with SandwichBlock or LlamaBlock")
+            given = {"num_attention_heads": given.get("n_heads"), "rope_theta": given.get("rope_base"),
+                     "qk_bias": kind[1] == "SandwichBlock"} | given  # fmt: skip
             return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
         except (TypeError, AttributeError, json.JSONDecodeError) as e:
             raise BadInput(f"{path} is damaged or of another model ({e})") from e
 
 
-def sizes(C: int, H: int, ff: int, layers: tuple, r: int, k: int, V: int, block: int, rope: float, out: int = 0) -> Shape:
-    """A Shape from its numbers in the order of the paper's tables; `out` classes get a head of their own."""
-    return Shape(C, H, ff, *layers, r, k, V, block, 1e-6, rope, tie_embeddings=not out, n_out=out)
-
-
-SHAPES = {
-    "laptop": sizes(64, 2, 192, (1, 2, 0), 6, 6, 3, 1024, 30.0, out=2),
-    "bytes": sizes(96, 3, 256, (1, 2, 1), 4, 3, 256, 1024, 1000.0),
-    "huginn-3.5b": sizes(5280, 55, 17920, (2, 4, 2), 32, 8, 65536, 4096, 50000.0),  # 3,564,976,800 parameters
+SHAPES = {  # width, heads, MLP; layers of prelude, core, coda; mean depth, k; vocabulary, longest row, eps, rotary base
+    "laptop": Shape(64, 2, 192, 1, 2, 0, 6, 6, 3, 1024, 1e-6, 30.0, tie_embeddings=False, n_out=2),
+    "bytes": Shape(96, 3, 256, 1, 2, 1, 4, 3, 256, 1024, 1e-6, 1000.0, tie_embeddings=True),
+    "huginn-3.5b": Shape(5280, 55, 17920, 2, 4, 2, 32, 8, 65536, 4096, 1e-6, 50000.0, tie_embeddings=True),
 }
 
 # %% the model: blocks
 
 
-class Place(NamedTuple):
-    """Where the tokens of a call stand: rotary tables, the mask over cached tokens, the cache. None: not needed."""
-
-    cos: Tensor  # (T, 1, D/2)
-    sin: Tensor
-    mask: Tensor | None = None  # (T, S), True = visible
-    cache: "Cache | None" = None
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x), in float32 at least, then times a learned weight."""
-
-    def __init__(self, C: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(C)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            return F.rms_norm(wide, self.weight.shape, None, self.eps).to(x.dtype) * self.weight
-
-
-def rotate(x: Tensor, at: Place, pairs: bool) -> Tensor:
+def rotate(x: Tensor, at, pairs: bool) -> Tensor:
     """Rotary embedding of x (B, T, H, D): of pairs (x0, x1), (x2, x3)..., or of Llama's, (x_j, x_{j + D/2})."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if pairs else x.chunk(2, dim=-1)  # (B, T, H, D/2)
     turned = a * at.cos - b * at.sin, b * at.cos + a * at.sin
@@ -221,7 +173,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(self.H * D, c.n_embd, bias=False)
         self.qk_bias = nn.Parameter(torch.zeros(2, 1, self.H, D)) if c.qk_bias else None
 
-    def forward(self, x: Tensor, at: Place, slot: int) -> Tensor:
+    def forward(self, x: Tensor, at, slot: int) -> Tensor:
         """x (B, T, C) -> (B, T, C). With a cache, keys and values go to its `slot` and earlier ones come from there."""
         y = rearrange(self.Wqkv(x), "b t (h d) -> b t h d", h=self.H + 2 * self.Hk)
         qk, v = y.split([self.H + self.Hk, self.Hk], dim=2)  # (B, T, H + Hk, D), (B, T, Hk, D)
@@ -236,35 +188,29 @@ class Attention(nn.Module):
         return self.proj(rearrange(y, "b h t d -> b t (h d)"))
 
 
-class MLP(nn.Module):
-    """SwiGLU; the rows of fc are the gate, then what is gated."""
-
-    def __init__(self, c: Shape):
-        super().__init__()
-        self.fc = nn.Linear(c.n_embd, 2 * c.intermediate_size, bias=False)
-        self.proj = nn.Linear(c.intermediate_size, c.n_embd, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.fc(x).chunk(2, dim=-1)
-        return self.proj(F.silu(gate) * up)
-
-
 class Block(nn.Module):
     """Huginn's sandwich: norms 2 and 4 act on the residual sum. A retrofitted model keeps Llama's two norms."""
 
     def __init__(self, c: Shape):
         super().__init__()
-        self.sandwich, self.attn, self.mlp = c.qk_bias, Attention(c), MLP(c)
+        self.sandwich, self.attn = c.qk_bias, Attention(c)
+        fc, proj = (nn.Linear(*size, bias=False) for size in ((c.n_embd, 2 * c.intermediate_size),
+                                                              (c.intermediate_size, c.n_embd)))  # fmt: skip
+        self.mlp = nn.ModuleDict({"fc": fc, "proj": proj})  # the rows of fc are the gate, then what is gated
         for i in range(4 if c.qk_bias else 2):
-            self.add_module(f"norm_{i + 1}", RMSNorm(c.n_embd, c.norm_eps))
+            self.add_module(f"norm_{i + 1}", nn.RMSNorm(c.n_embd, c.norm_eps))
 
-    def forward(self, x: Tensor, at: Place, slot: int = 0) -> Tensor:
+    def swiglu(self, x: Tensor) -> Tensor:
+        gate, up = self.mlp["fc"](x).chunk(2, dim=-1)
+        return self.mlp["proj"](F.silu(gate) * up)
+
+    def forward(self, x: Tensor, at, slot: int = 0) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         if not self.sandwich:
             x = x + self.attn(self.norm_1(x), at, slot)
-            return x + self.mlp(self.norm_2(x))
+            return x + self.swiglu(self.norm_2(x))
         x = self.norm_2(x + self.attn(self.norm_1(x), at, slot))
-        return self.norm_4(x + self.mlp(self.norm_3(x)))
+        return self.norm_4(x + self.swiglu(self.norm_3(x)))
 
 
 class RecurrentDepthLM(nn.Module):
@@ -273,15 +219,15 @@ class RecurrentDepthLM(nn.Module):
     def __init__(self, shape: Shape, seed: int = 0):
         super().__init__()
         self.shape, self.checkpointing, C = shape, False, shape.n_embd
-        l_P, l_R, l_C = shape.layers
+        l_P, l_R, l_C = shape.n_layers_in_prelude, shape.n_layers_in_recurrent_block, shape.n_layers_in_coda
         blocks = lambda n: nn.ModuleList(Block(shape) for _ in range(n))
         self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(shape.vocab_size, C), "prelude": blocks(l_P), "adapter": nn.Linear(2 * C, C, bias=False),
-            "core_block": blocks(l_R), "coda": blocks(l_C), "ln_f": RMSNorm(C, shape.norm_eps),
+            "wte": nn.Embedding(shape.vocab_size, C), "prelude": blocks(l_P), "core_block": blocks(l_R),
+            "coda": blocks(l_C), "adapter": nn.Linear(2 * C, C, bias=False), "ln_f": nn.RMSNorm(C, shape.norm_eps),
         })  # fmt: skip
         if not shape.tie_embeddings:
             self.lm_head = nn.Linear(C, shape.n_out or shape.vocab_size, bias=False)
-        self.register_buffer("freq", shape.frequencies(), persistent=False)  # (D/2,) float32
+        self.register_buffer("freq", rope_frequencies(asdict(shape)), persistent=False)  # (D/2,) float32
         # truncated normal, what adds to the residual smaller by sqrt(2L), L the layers at the mean depth
         g, std, L = cluster.generator(seed, 0), math.sqrt(2 / (5 * C)), l_P + l_R * shape.mean_recurrence + l_C
         for name, p in self.named_parameters():
@@ -289,7 +235,7 @@ class RecurrentDepthLM(nn.Module):
                 s = std / math.sqrt(2 * L) if name.endswith("proj.weight") else std
                 nn.init.trunc_normal_(p, std=s, a=-3 * s, b=3 * s, generator=g)
 
-    def embed(self, ids: Tensor, at: Place | None = None) -> Tensor:
+    def embed(self, ids: Tensor, at=None) -> Tensor:
         """e = P(ids): (B, T) -> (B, T, C)."""
         at = at or self.place(ids.shape[1])
         e = self.transformer.wte(ids)
@@ -298,7 +244,7 @@ class RecurrentDepthLM(nn.Module):
             e = block(e, at, j)
         return e
 
-    def iterate(self, e: Tensor, s: Tensor, at: Place | None = None, i: int = 0) -> Tensor:
+    def iterate(self, e: Tensor, s: Tensor, at=None, i: int = 0) -> Tensor:
         """s_{i+1} = R(e, s_i), (B, T, C). The iteration's number only chooses the cache entry: weights are shared."""
         at = at or self.place(e.shape[1])
         slot = at.cache.slot(i) if at.cache else 0
@@ -311,7 +257,7 @@ class RecurrentDepthLM(nn.Module):
         """What the coda receives, and a warm start carries on: ln_f(s), or s itself in a retrofitted model."""
         return self.transformer.ln_f(s) if self.shape.qk_bias else s
 
-    def decode(self, s: Tensor, at: Place | None = None) -> Tensor:
+    def decode(self, s: Tensor, at=None) -> Tensor:
         """p = C(s): coda, final norm again, head; (B, T, C) -> logits (B, T, V), at least float32."""
         at, x = at or self.place(s.shape[1]), self.between(s)
         for j, block in enumerate(self.transformer.coda):
@@ -320,25 +266,20 @@ class RecurrentDepthLM(nn.Module):
         logits = F.linear(self.transformer.ln_f(x), head.weight)
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def noise(self, B: int, T: int, generator=None) -> Tensor:
-        """s_0 (B, T, C) of this model; a retrofitted one starts from less noise."""
-        std = math.sqrt(0.4 / (1 if self.shape.qk_bias else self.shape.n_embd))
-        return initial_state(B, T, self.shape.n_embd, std, generator)
-
     def forward(self, ids: Tensor, n: int, k: int, s0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """think() with this model's parts: ids (B, T) -> logits (B, T, V), s_r (B, T, C). BadInput: ids do not fit."""
         self.check(ids)
         core = functools.partial(checkpoint, self.iterate, use_reentrant=False) if self.checkpointing else self.iterate
-        s0 = self.noise(*ids.shape) if s0 is None else s0
-        return think(self.embed, core, self.decode, ids, s0.to(self.freq.device, self.transformer.wte.weight.dtype), n, k)
+        s0 = initial_state(*ids.shape, self.shape) if s0 is None else s0
+        return think(self.embed, core, self.decode, ids, s0.to(self.transformer.wte.weight), n, k)
 
-    def place(self, T: int, cache: "Cache | None" = None) -> Place:
-        """Tables for T tokens that follow those of the cache."""
+    def place(self, T: int, cache: "Cache | None" = None) -> SimpleNamespace:
+        """Where T tokens stand that follow those of the cache: rotary tables (T, 1, D/2), mask (T, S) if needed."""
         past, device = cache.length if cache else 0, self.freq.device
         dtype = torch.promote_types(self.transformer.wte.weight.dtype, torch.float32)
         angle = torch.outer(torch.arange(past, past + T, device=device).float(), self.freq)[:, None]  # (T, 1, D/2)
         mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past) if past and T > 1 else None
-        return Place(angle.cos().to(dtype), angle.sin().to(dtype), mask, cache)
+        return SimpleNamespace(cos=angle.cos().to(dtype), sin=angle.sin().to(dtype), mask=mask, cache=cache)
 
     def check(self, ids: Tensor) -> None:
         """BadInput: ids are not (B, T) integers of the vocabulary, none, or too many. Never waits for a GPU."""
@@ -359,10 +300,11 @@ class Cache:
     later tokens see the last b iterations of earlier ones. A token that stopped early lends its deepest entry."""
 
     def __init__(self, model: RecurrentDepthLM, room: int, steps: int, budget: int = 0):
-        c, (l_P, self.l_R, l_C) = model.shape, model.shape.layers
+        c = model.shape
         if room > c.block_size or steps < 1 or budget < 0:
             raise BadInput(f"{room} tokens, {steps} iterations, budget {budget}: at most {c.block_size}, at least 1, 0")
-        self.length, self.first, self.budget = 0, l_P + l_C, min(budget or steps, steps)
+        self.length, self.first, self.l_R = 0, c.n_layers_in_prelude + c.n_layers_in_coda, c.n_layers_in_recurrent_block
+        self.budget = min(budget or steps, steps)
         slots, weight = self.first + self.budget * self.l_R, model.transformer.wte.weight
         self.kv = weight.new_empty(2, slots, 1, c.num_key_value_heads, room, c.head_dim)
 
@@ -393,8 +335,8 @@ def feed(
 ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
     """Run ids (1, T) behind the cached tokens -> logits (1, T, V), state (1, T, C), iterations run, at most `steps`.
 
-    exit_kl: stop once KL(p_{i-1} || p_i) is below it at all T positions, in nats. max_entropy: and the predictions'
-    entropy is below that: a position that no information has reached sits still as well. s: s_0, by default zero."""
+    exit_kl: stop once KL(p_{i-1} || p_i) is below it at all T positions, in nats. max_entropy: and the last prediction's
+    entropy below that: a position that no information has reached sits still as well. s: s_0, by default zero."""
     model.check(ids)
     at = model.place(ids.shape[1], cache)
     e = model.embed(ids, at)
@@ -404,23 +346,14 @@ def feed(
         if exit_kl:
             log_p = model.decode(s, at).log_softmax(-1)  # (1, T, V)
             before = torch.zeros_like(log_p).log_softmax(-1) if before is None else before  # p_0 is uniform
-            settled = kl(before, log_p).max() < exit_kl and entropy(log_p[:, -1]).max() < max_entropy
-            before = log_p
+            kl = (before.exp() * (before - log_p)).sum(-1)  # (1, T)
+            entropy = -(log_p[:, -1].exp() * log_p[:, -1]).sum()
+            settled, before = kl.max() < exit_kl and entropy < max_entropy, log_p
             if settled:
                 break
     logits = model.decode(s, at)
     cache.seal(i + 1, ids.shape[1])
     return logits, s, i + 1
-
-
-def kl(before: Tensor, log_p: Tensor) -> Tensor:
-    """KL(p_{i-1} || p_i) in nats, from log-probabilities: (..., V) -> (...)."""
-    return (before.exp() * (before - log_p)).sum(-1)
-
-
-def entropy(log_p: Tensor) -> Tensor:
-    """Of log-probabilities (..., V), in nats: (...)."""
-    return -(log_p.exp() * log_p).sum(-1)
 
 
 def generate(
@@ -432,7 +365,7 @@ def generate(
     The prompt runs all `steps`. warm: a token starts from the last state of the one before, not from zero.
     BadInput: more than one row. Rows of a batch would be padded, and this model has no mask for padding."""
     if ids.shape[0] != 1:
-        raise BadInput(f"generate continues one row, got {ids.shape[0]}; padding would be read as text. Call it per row.")
+        raise BadInput(f"generate continues one row, got {ids.shape[0]}: padding would be read as text. Call it per row")
     cache, s, rule = Cache(model, ids.shape[1] + new, steps, budget), None, {}
     for _ in range(new):
         logits, s, ran = feed(model, cache, ids, steps, model.between(s[:, -1:]) if warm and rule else None, **rule)
@@ -468,12 +401,11 @@ def assemble(shape: Shape, tensors: dict[str, Tensor], source: str) -> Recurrent
     """A model that holds these very tensors. BadInput: names all that are missing, extra or misshapen."""
     with torch.device("meta"):
         model = RecurrentDepthLM(shape)
-    want, have = ({n: tuple(p.shape) for n, p in d.items()} for d in (model.state_dict(), tensors))
-    if wrong := sorted(n for n in want | have if want.get(n) != have.get(n)):
-        what = "; ".join(f"{n} is {have.get(n, 'missing')}, should be {want.get(n, 'absent')}" for n in wrong)
-        raise BadInput(f"{source} does not fit its config: {what}")
-    model.load_state_dict(tensors, assign=True)
-    model.freq = shape.frequencies()
+    try:
+        model.load_state_dict(tensors, assign=True)
+    except RuntimeError as e:  # it lists what is missing, extra or misshapen
+        raise BadInput(f"{source} does not fit its config: {' '.join(str(e).split())}") from e
+    model.freq = rope_frequencies(asdict(shape))
     return model.requires_grad_()
 
 
@@ -482,17 +414,15 @@ def load_weights(path: str | Path) -> RecurrentDepthLM:
     folder = Path(path)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} has no config.json. Give the folder of a released or of a saved model.")
-    shape, st = Shape.from_json(folder / "config.json"), package("safetensors.torch")
-    index, files, tensors = folder / "model.safetensors.index.json", ["model.safetensors"], {}
-    file = index
+    shape, st, index = Shape.from_json(folder / "config.json"), package("safetensors.torch"), "model.safetensors.index.json"
     try:
-        if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files, tensors = ["model.safetensors"], {}
+        if (folder / index).exists():
+            files = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
         for name in files:
-            file = folder / name
-            tensors |= st.load_file(file)
+            tensors |= st.load_file(folder / name)
     except (OSError, ValueError, KeyError, package("safetensors").SafetensorError) as e:
-        raise BadInput(f"{file} is missing or damaged ({e}). Copy or download it again.") from e
+        raise BadInput(f"{folder}: the weights are not complete ({e}). Copy or download them again.") from e
     for double in ("freqs_cis", *(("lm_head.weight",) if shape.tie_embeddings else ())):
         tensors.pop(double, None)
     return assemble(shape, tensors, str(folder)).eval()
@@ -525,8 +455,6 @@ def retrofit(state_dict: dict[str, Tensor], config: dict, split=(4, 8, 4), seed:
     (p, R, c), n, C = split, config["num_hidden_layers"], config["hidden_size"]
     if min(split) < 1 or sum(split) > n:
         raise BadInput(f"--split {p} {R} {c} needs {sum(split)} layers, each part at least 1; the model has {n}")
-    if other := {k: config[k] for k, plain in PLAIN.items() if config.get(k, plain) not in (plain, None)}:
-        raise BadInput(f"the model has {other}, which is not supported")
     rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
     rope |= config.get("rope_parameters") or {}  # where transformers 5 keeps it
     if (base := rope.pop("rope_theta")) is None:
@@ -564,10 +492,8 @@ class AtanAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "base_lr": lr})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         """One update of every parameter that has a gradient."""
-        with torch.enable_grad():
-            loss = closure() if closure else None
         for group in self.param_groups:
             lr, (b1, b2) = group["lr"], group["betas"]
             for p in (p for p in group["params"] if p.grad is not None):
@@ -582,7 +508,6 @@ class AtanAdam(torch.optim.Optimizer):
                 p.mul_(1 - lr / group["base_lr"] * group["weight_decay"])
                 update = torch.atan2(m, (v / (1 - b2**t)).sqrt()) * (lr / rho.clamp(min=1) / (1 - b1**t))
                 p.sub_(update.to(p.dtype))
-        return loss
 
 
 # %% settings
@@ -691,20 +616,22 @@ class Text:
         return cut[:, :-1], cut[:, 1:]
 
 
-def start_model(cfg: Config) -> tuple[RecurrentDepthLM, object]:
-    """The model that a run starts from, and its tokenizer or None: a folder, a Llama made recurrent, or random."""
-    read = lambda file: package("tokenizers").Tokenizer.from_file(str(file))
-    own = read(cfg.tokenizer) if cfg.tokenizer else None
-    config, file = Path(cfg.model, "config.json"), Path(cfg.model, "tokenizer.json")
+def start(cfg: Config) -> tuple[RecurrentDepthLM, object, object]:
+    """(model, data, tokenizer or None) that a run starts from: a folder, a Llama made recurrent, or random weights."""
+    read = lambda file: package("tokenizers").Tokenizer.from_file(str(file)) if Path(file).is_file() else None
+    config, tokenizer = Path(cfg.model, "config.json"), read(cfg.tokenizer)
     if cfg.model and config.exists() and "huginn_raven" in config.read_text():
-        return load_weights(cfg.model), own or (read(file) if file.exists() else None)
-    if cfg.model:
+        model, tokenizer = load_weights(cfg.model), tokenizer or read(config.with_name("tokenizer.json"))
+    elif cfg.model:
         weights = open_weights(cfg.model)
-        return retrofit(weights.state_dict(), weights.config, cfg.split, cfg.seed), own or weights.tokenizer()
-    model = RecurrentDepthLM(SHAPES[cfg.preset], cfg.seed)
-    if cfg.preset == "laptop":
-        look_back(model)
-    return model, own
+        model = retrofit(weights.state_dict(), weights.config, cfg.split, cfg.seed)
+        tokenizer = tokenizer or weights.tokenizer()
+    else:
+        model = RecurrentDepthLM(SHAPES[cfg.preset], cfg.seed)
+        if cfg.preset == "laptop":
+            look_back(model)
+    data = Parity(cfg.seed) if model.shape.n_out else Text(cfg, model.shape.vocab_size, tokenizer)
+    return model, data, tokenizer
 
 
 @torch.no_grad()
@@ -766,8 +693,8 @@ def train_model(
         for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
             ddp.require_backward_grad_sync = micro + 1 == (step + 1) * cfg.accum  # read by DDP alone
             ids, labels = (x[rank::size].to(w.device) for x in data.draw(rows, cfg.block, 3, micro))
-            noise = lambda row, micro=micro: model.noise(1, T, cluster.generator(cfg.seed, 4, micro, row))
-            s0 = torch.cat([noise(row) for row in range(rank, rows, size)])  # (rows / ranks, T, C)
+            noise = lambda row, micro=micro: initial_state(1, T, model.shape, cluster.generator(cfg.seed, 4, micro, row))
+            s0 = torch.cat([noise(row) for row in range(rank, rows, size)]).to(w.device)  # (rows / ranks, T, C)
             with torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
                 logits, s = ddp(ids, *depth(micro), s0)
                 part = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100) / cfg.accum
@@ -808,23 +735,18 @@ def rate(cfg: Config, step: int, settled: int) -> float:
 
 
 @torch.no_grad()
-def by_depth(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, depths, seed: int = 0) -> dict[int, dict]:
-    """After r iterations, for r in depths: accuracy by position (T,), loss, residual, correlation, and the largest
-    difference of logits between a start at noise and one at zero."""
-    found, e = {}, model.embed(ids)
-    s, zero = model.noise(*ids.shape, cluster.generator(seed, 5)).to(e), torch.zeros_like(e)
+def by_depth(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, depths, seed: int = 0) -> dict[str, dict]:
+    """Accuracy, loss, residual and correlation after r iterations from noise: name -> {r: number}, for r in depths."""
+    found, e = {"accuracy": {}, "loss": {}, "residual": {}, "correlation": {}}, model.embed(ids)
+    s = before = initial_state(*ids.shape, model.shape, cluster.generator(seed, 5)).to(e)
     for r in range(max(depths) + 1):
         if r:
-            before, s, zero = s, model.iterate(e, s), model.iterate(e, zero)
+            before, s = s, model.iterate(e, s)
         if r in depths:
-            logits = model.decode(s)
-            seen = (labels >= 0).all(dim=0)
-            found[r] = {
-                "accuracy": (logits.argmax(-1) == labels).float().mean(dim=0)[seen].cpu(),
-                "loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100).item(),
-                "residual": change(before, s).mean().item() if r else math.nan, "correlation": correlation(s).item(),
-                "of start": (logits - model.decode(zero)).abs().max().item(),
-            }  # fmt: skip
+            logits = model.decode(s).transpose(1, 2)  # (B, V, T)
+            found["accuracy"][r] = (logits.argmax(dim=1) == labels)[labels >= 0].float().mean().item()
+            found["loss"][r] = F.cross_entropy(logits, labels, ignore_index=-100).item()
+            found["residual"][r], found["correlation"][r] = change(before, s).mean().item(), correlation(s).item()
     return found
 
 
@@ -850,9 +772,8 @@ FIRST, SECOND = list(RUNS)[:3], list(RUNS)[3:]  # the rows of either claim
 
 def layer_passes(cfg: Config, kind: str) -> int:
     """Layers that a run goes through, backward counted twice: the compute at which runs are compared."""
-    l_P, l_R, l_C = SHAPES["laptop"].layers
     depth = depth_of(cfg, kind, SHAPES["laptop"].mean_backprop_depth, cfg.steps)
-    return sum(3 * (l_P + l_C) + l_R * (n + 3 * k) for n, k in map(depth, range(cfg.steps)))
+    return sum(3 + 2 * (n + 3 * k) for n, k in map(depth, range(cfg.steps)))  # layers (1, 2, 0)
 
 
 def trained(cfg: Config, w: cluster.World, run, name: str, base) -> tuple[RecurrentDepthLM, int]:
@@ -862,7 +783,7 @@ def trained(cfg: Config, w: cluster.World, run, name: str, base) -> tuple[Recurr
     if kind == "once":
         whole = layer_passes(c, RUNS[FIRST[0] if name in FIRST else SECOND[0]][1])
         c = replace(c, steps=round(whole / layer_passes(replace(c, steps=1), "once")))
-    model = copy.deepcopy(base()) if weights == "base" else start_model(c)[0]
+    model = copy.deepcopy(base()) if weights == "base" else start(c)[0]
     if weights == "base" and kind != "once":  # the half of the adapter that reads the state is new
         half, bound = model.transformer.adapter.weight[:, : model.shape.n_embd], 1 / math.sqrt(2 * model.shape.n_embd)
         half.data.uniform_(-bound, bound, generator=cluster.generator(c.seed, 1))
@@ -870,17 +791,12 @@ def trained(cfg: Config, w: cluster.World, run, name: str, base) -> tuple[Recurr
 
 
 def measure(model: RecurrentDepthLM, seed: int, more: bool) -> dict:
-    """Means over 256 fresh rows by depth; with `more` also rows twice as long, and exits of rows of four lengths."""
-    rows = lambda length, n=256: [x.to(model.freq.device) for x in Parity(seed).draw(n, length, 9, length)]
-    by = by_depth(model, *rows(LENGTH), DEPTHS, seed)
-    found = {"accuracy": {r: f["accuracy"].mean().item() for r, f in by.items()},
-             "loss": {r: f["loss"] for r, f in by.items()},
-             "positions": {r: f["accuracy"].tolist() for r, f in by.items()}}  # fmt: skip
+    """by_depth on 128 fresh rows; with `more` also on rows twice as long, and exits of rows of four lengths."""
+    rows = lambda length, n=128: [x.to(model.freq.device) for x in Parity(seed).draw(n, length, 9, length)]
+    found = by_depth(model, *rows(LENGTH), DEPTHS, seed)
     if more:
-        longer = by_depth(model, *rows(2 * LENGTH), DEPTHS, seed)
-        found["longer"] = {r: f["accuracy"].mean().item() for r, f in longer.items()}
+        found["longer"] = by_depth(model, *rows(2 * LENGTH), DEPTHS, seed)["accuracy"]
         found["exits"] = {length: exits(model, *rows(length, 32)) for length in (8, 16, 24, 32)}
-        found["of start"] = {r: f["of start"] for r, f in by.items()}
     return found
 
 
@@ -908,7 +824,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     lines, owner = [], {name: RUNS[name][2] % w.size for name in names}
     keep = SimpleNamespace(line={}, log=lambda **values: lines.append(values))  # for rank 0 to write
     once = replace(cfg, steps=round(cfg.steps * BASE))
-    base = functools.cache(lambda: train_model(once, w, keep, start_model(cfg)[0], Parity(cfg.seed, one_step=True),
+    base = functools.cache(lambda: train_model(once, w, keep, start(cfg)[0], Parity(cfg.seed, one_step=True),
                                                "base: one step", "", "once", alone=True))  # fmt: skip
     for name in (name for name in names if owner[name] == w.rank):
         start = time.process_time()
@@ -919,17 +835,19 @@ def demo(cfg: Config, w: cluster.World) -> None:
     found = {name: every[owner[name]][0][name] for name in names}
     for line in (*(line for _, more in every for line in more), *({"measured": n, **f} for n, f in found.items())):
         run.log(**line)
-    head, ours = ["trained at", *(f"r = {r}" for r in DEPTHS), "passes", "CPU s"], found[FIRST[0]]
-    cells = lambda what, f: [*f[what].values(), f["passes"], f["CPU s"]]
-    for title, rows in {"accuracy": FIRST, "loss": FIRST[:2], "accuracy, after one step was learned": SECOND}.items():
-        lines = [[name, *cells(title.split(",")[0], found[name])] for name in rows if name in found]
-        lines += [[f"{2 * LENGTH} bits", *ours["longer"].values(), "", ""]] if title == "accuracy" else []
-        w.print(f"\n{title}\n" + report.table(head, lines))
+    ours, head = found[FIRST[0]], ["", *(f"r = {r}" for r in DEPTHS), "layer passes", "CPU s"]
+    row = lambda name, what: [name, *found[name][what].values(), found[name]["passes"], found[name]["CPU s"]]
+    rows = [row(name, "accuracy") for name in FIRST if name in found]
+    rows += [[f"drawn depth, {2 * LENGTH} bits", *ours["longer"].values(), "", ""]]
+    rows += [["loss: " + name, *row(name, "loss")[1:]] for name in FIRST if name in found]
+    w.print(f"\nclaim 1: accuracy on {LENGTH} bits by depth at test time\n" + report.table(head, rows))
+    rows = [row(name, "accuracy") for name in SECOND if name in found]
+    w.print("\nclaim 2: the same, after one step was learned\n" + report.table(head, rows))
     rows = [[f"{n} bits", *values] for n, values in ours["exits"].items()]
     w.print("\nrows stop by themselves\n" + report.table(["row", "iterations of 32", "accuracy"], rows))
     if w.main:
-        w.print("\n" + report.picture(f"{cfg.out}/recurrent_depth.png", functools.partial(draw, found), ncols=3,
-                                      figsize=(15, 4)))  # fmt: skip
+        drawing = functools.partial(draw, found)
+        w.print("\n" + report.picture(f"{cfg.out}/recurrent_depth.png", drawing, ncols=2, figsize=(11, 4)))
     if cfg.quick:
         return w.print("quick: no verdict")
     holds, here = judge(found)
@@ -940,16 +858,11 @@ def demo(cfg: Config, w: cluster.World) -> None:
 
 
 def draw(found: dict[str, dict], figure, axes) -> None:
-    """Accuracy over position and depth, then over depth for the rows of either claim."""
-    positions = found[FIRST[0]]["positions"]
-    image = axes[0].imshow(list(positions.values()), aspect="auto", origin="lower", vmin=0.5, vmax=1)
-    axes[0].set_yticks(range(len(positions)), positions)
-    axes[0].set(xlabel="position", ylabel="iterations r at test time", title="drawn depth: accuracy")
-    figure.colorbar(image, ax=axes[0])
-    for axis, title, names in ((axes[1], "one set of weights", FIRST), (axes[2], "made recurrent", SECOND)):
+    """Accuracy over depth at test time, for the rows of either claim."""
+    for axis, title, names in ((axes[0], "one set of weights", FIRST), (axes[1], "after one step was learned", SECOND)):
         for i, name in enumerate(name for name in names if name in found):
             axis.plot(DEPTHS, found[name]["accuracy"].values(), "os^D"[i] + "-", label=name)
-        if axis is axes[1]:
+        if axis is axes[0]:
             axis.plot(DEPTHS, found[FIRST[0]]["longer"].values(), "x:", label=f"drawn depth, {2 * LENGTH} bits")
         axis.set_xscale("log", base=2)
         axis.set(xlabel="iterations r at test time", ylabel="accuracy", title=title, ylim=(0.48, 1.02))
@@ -959,15 +872,10 @@ def draw(found: dict[str, dict], figure, axes) -> None:
 # %% train, eval, generate, bench
 
 
-def start_data(cfg: Config, model: RecurrentDepthLM, tokenizer) -> Parity | Text:
-    """What a model is trained on and measured by: parity for a head of two classes, else text."""
-    return Parity(cfg.seed) if model.shape.n_out else Text(cfg, model.shape.vocab_size, tokenizer)
-
-
 def train(cfg: Config, w: cluster.World) -> None:
     """One run with checkpoints, from random or real weights; ends with the loss by depth and the weights in OUT/model."""
-    model, tokenizer = start_model(cfg)
-    data, run = start_data(cfg, model, tokenizer), report.Run(cfg.out, cfg, w)
+    model, data, tokenizer = start(cfg)
+    run = report.Run(cfg.out, cfg, w)
     w.print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     train_model(cfg, w, run, model, data, "train", f"{cfg.out}/checkpoint.pt")
     show(cfg, w, model, data)
@@ -986,37 +894,33 @@ def show(cfg: Config, w: cluster.World, model: RecurrentDepthLM, data) -> None:
     ids, labels = (x.to(w.device) for x in data.draw(32, cfg.block, 9, cfg.block))
     with torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
         found = by_depth(model, ids, labels, sorted({*cfg.r}), cfg.seed)
-    head = ["r", "loss", "accuracy", "residual", "correlation", "of start"]
-    w.print(report.table(head, [[str(r), *(float(torch.as_tensor(f[key]).mean()) for key in head[1:])]
-                                for r, f in found.items()]))  # fmt: skip
+    rows = [[name, *values.values()] for name, values in found.items()]
+    w.print(report.table(["r", *map(str, found["loss"])], rows))
 
 
-def opened(cfg: Config, w: cluster.World) -> tuple[Config, RecurrentDepthLM, object]:
-    """(settings, model, tokenizer) to look at: of --model, or of the run in --out under the settings of its training."""
+def opened(cfg: Config, w: cluster.World) -> tuple:
+    """(settings, model, data, tokenizer) of --model, or of the run in --out under the settings of its training."""
     state = {}
     if not cfg.model:
         cfg, state = loop.opened(f"{cfg.out}/checkpoint.pt", cfg, "r", "prompt", "new", "exit_kl", "draft", "budget")
-    model, tokenizer = start_model(cfg)
+    model, data, tokenizer = start(cfg)
     if state:
         model.load_state_dict(state["model"])
-    return cfg, model.to(w.device).eval(), tokenizer
+    return cfg, model.to(w.device).eval(), data, tokenizer
 
 
 def evaluate(cfg: Config, w: cluster.World) -> None:
     """A model by depth, on held-out rows of what it was trained on."""
-    cfg, model, tokenizer = opened(cfg, w)
-    show(cfg, w, model, start_data(cfg, model, tokenizer))
+    cfg, model, data, _ = opened(cfg, w)
+    show(cfg, w, model, data)
 
 
 def write(cfg: Config, w: cluster.World) -> None:
     """Continue --prompt, with the iterations of each token."""
-    cfg, model, tokenizer = opened(cfg, w)
+    cfg, model, _, tokenizer = opened(cfg, w)
     if model.shape.n_out:
-        ids, decode = [2, *(int(c) for c in cfg.prompt if c in "01")], lambda ids: " ".join(map(str, ids))
-    else:
-        plain = tokenizer or Tokenizer()
-        ids, decode = plain.encode(cfg.prompt), plain.decode
-        ids = ids.tolist() if tokenizer is None else ids.ids
+        raise BadInput("this model knows parity, not text. Run train --preset bytes, or give --model smollm2.")
+    ids = Tokenizer().encode(cfg.prompt).tolist() if tokenizer is None else tokenizer.encode(cfg.prompt).ids
     ids, start, ran = torch.tensor([ids], device=w.device), time.perf_counter(), []
     if cfg.draft:
         said = speculate(model, ids, cfg.new, cfg.r[-1], cfg.draft)[0, ids.shape[1] :].tolist()
@@ -1024,7 +928,7 @@ def write(cfg: Config, w: cluster.World) -> None:
         stop = tuple(tokenizer.token_to_id(t) for t in ENDS if tokenizer.token_to_id(t)) if tokenizer else ()
         made = generate(model, ids, cfg.new, cfg.r[-1], cfg.exit_kl, stop, cfg.budget)
         said, ran = map(list, zip(*report.progress(made, "generate", w, cfg.new), strict=True))
-    w.print(f"{cfg.prompt} -> {decode(said)}\niterations per token: {' '.join(map(str, ran)) or 'drafted'}")
+    w.print(f"{cfg.prompt} -> {(tokenizer or Tokenizer()).decode(said)}\niterations per token: {' '.join(map(str, ran)) or 'drafted'}")
     w.print(f"{len(said) / (time.perf_counter() - start):.1f} tokens/s with the prompt")
 
 
@@ -1035,11 +939,11 @@ ENDS = "<|endoftext|>", "<|im_end|>", "<|end_text|>", "<|end_turn|>", "<|begin_t
 def bench(cfg: Config, w: cluster.World) -> None:
     """One token behind 511 others at r = 8: cached, with smaller budgets, recomputed; on a GPU Huginn's sizes, r = 32."""
     cuda, T, r = w.device.type == "cuda", 512, 32 if w.device.type == "cuda" else 8
-    shape = SHAPES["huginn-3.5b"] if cuda else sizes(256, 8, 704, (1, 2, 1), 4, 3, 256, 1024, 1000.0)
+    shape = SHAPES["huginn-3.5b"] if cuda else Shape(256, 8, 704, 1, 2, 1, 4, 3, 256, 1024, 1e-6, 1e3, True)
     with torch.device("meta"):
         model = RecurrentDepthLM(shape).to(torch.bfloat16 if cuda else torch.float32).eval()
     model = model.to_empty(device=w.device)
-    model.freq = shape.frequencies().to(w.device)
+    model.freq = rope_frequencies(asdict(shape)).to(w.device)
     for p in model.parameters():
         p.normal_(std=0.02)
     ids, cases = torch.randint(256, (1, T), generator=cluster.generator(cfg.seed)).to(w.device), {}
@@ -1071,7 +975,7 @@ def main(cfg: Config) -> None:
         modes[cfg.mode](cfg, w)
 
 
-def start(cfg: Config) -> None:
+def begin(cfg: Config) -> None:
     """main, except that a lone demo on a CPU of two cores or more starts itself again as two processes."""
     gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
     if cfg.mode == "demo" and not gpu and "RANK" not in os.environ and (os.cpu_count() or 1) > 1:
@@ -1082,4 +986,4 @@ def start(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(start, Config, PRESETS)
+    cli.run(begin, Config, PRESETS)
