@@ -31,10 +31,8 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-import os
 import random
 import string
-import sys
 import time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -631,19 +629,10 @@ def bench(cfg: Config, w: cluster.World) -> None:
 
 
 def main(cfg: Config) -> None:
+    cluster.two_processes(cfg)
     with cluster.world(cfg.device) as w:
         {"demo": demo, "train": train, "eval": evaluate, "bench": bench}[cfg.mode](cfg, w)
 
 
-def start(cfg: Config) -> None:
-    """main, except that a lone demo on a CPU of two cores or more starts itself again as two processes."""
-    gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-    if cfg.mode == "demo" and not gpu and "RANK" not in os.environ and (os.cpu_count() or 1) > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
-    main(cfg)
-
-
 if __name__ == "__main__":
-    cli.run(start, Config, PRESETS)
+    cli.run(main, Config, PRESETS)

@@ -35,11 +35,8 @@ def parse(config: type, argv: list[str] | None = None, presets: dict[str, dict] 
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     owners = {}  # flag -> the modes that read it
     for f in fields(config):
-        kind, default, help = (
-            type(f.default),
-            f.default,
-            f.metadata["help"].replace("%", "%%") + " (default: %(default)s)",
-        )
+        kind, default = type(f.default), f.default
+        help = f.metadata["help"].replace("%", "%%") + " (default: %(default)s)"
         flag = "--" + f.name.replace("_", "-")
         if f.metadata["positional"]:
             flag, how = f.name, {"nargs": "?", "choices": f.metadata["choices"]}

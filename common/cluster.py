@@ -65,6 +65,16 @@ def world(device: str = "auto") -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def two_processes(cfg) -> None:
+    """A lone demo on a CPU of two cores or more starts itself again as two ranks, and this call does not return."""
+    gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    script = type(cfg).__module__ == "__main__" and cfg.mode == "demo" and "RANK" not in os.environ
+    if script and not gpu and (os.cpu_count() or 1) > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+
+
 def generator(*seed: int) -> torch.Generator:
     """A CPU generator for these numbers, e.g. (cfg.seed, step). Equal numbers give equal draws on every device."""
     mixed = 0x9E3779B97F4A7C15

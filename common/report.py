@@ -18,8 +18,8 @@ from common.cluster import World
 
 def progress(steps: Iterable, what: str, w: World, total: int | None = None, first: int = 0) -> tqdm:
     """A progress bar over `steps`, on rank 0 of a terminal only, so that log files stay free of it."""
-    off = None if w.main else True
-    return tqdm(steps, desc=what, total=total, initial=first, disable=off, leave=False, dynamic_ncols=True)
+    hidden = None if w.main else True  # None: hidden where the output is no terminal
+    return tqdm(steps, desc=what, total=total, initial=first, disable=hidden, leave=False, dynamic_ncols=True)
 
 
 def revision() -> str:
