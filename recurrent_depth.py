@@ -28,10 +28,10 @@ Writes   results/recurrent_depth/: metrics.jsonl, claim.json, recurrent_depth.pn
 
 import copy
 import functools
+import importlib.util
 import json
 import math
 import os
-import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -99,7 +99,7 @@ def ramped_mean(step: int, total: int, mean: int, ramp: str) -> int:
     return max(1, math.ceil(mean * (t if ramp == "linear" else 1 - math.sqrt(1 - t))))
 
 
-# %% the model: sizes
+# %% the model
 
 
 @dataclass
@@ -152,9 +152,6 @@ SHAPES = {  # width, heads, MLP; layers of prelude, core, coda; mean depth, k; v
     "bytes": Shape(96, 3, 256, 1, 2, 1, 4, 3, 256, 1024, 1e-6, 1000.0, tie_embeddings=True),
     "huginn-3.5b": Shape(5280, 55, 17920, 2, 4, 2, 32, 8, 65536, 4096, 1e-6, 50000.0, tie_embeddings=True),
 }
-
-# %% the model: blocks
-
 
 def rotate(x: Tensor, at, pairs: bool) -> Tensor:
     """Rotary embedding of x (B, T, H, D): of pairs (x0, x1), (x2, x3)..., or of Llama's, (x_j, x_{j + D/2})."""
@@ -282,12 +279,11 @@ class RecurrentDepthLM(nn.Module):
         return SimpleNamespace(cos=angle.cos().to(dtype), sin=angle.sin().to(dtype), mask=mask, cache=cache)
 
     def check(self, ids: Tensor) -> None:
-        """BadInput: ids are not (B, T) integers of the vocabulary, none, or too many. Never waits for a GPU."""
+        """BadInput: ids are not (B, T) integers of the vocabulary, or too many. Never waits for a GPU."""
         room, V = self.shape.block_size, self.shape.vocab_size
-        if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2 or not ids.numel() or ids.shape[1] > room:
-            raise BadInput(f"ids are {ids.dtype} {tuple(ids.shape)}; they must be int64 (B, T) with T from 1 to {room}")
-        if not ids.is_cuda and (ids.min() < 0 or ids.max() >= V):
-            raise BadInput(f"ids from {int(ids.min())} to {int(ids.max())} are outside the vocabulary, 0 to {V - 1}")
+        fits = ids.dtype == torch.int64 and ids.ndim == 2 and 0 < ids.shape[1] <= room
+        if not fits or (not ids.is_cuda and (ids.min() < 0 or ids.max() >= V)):
+            raise BadInput(f"ids {ids.dtype} {tuple(ids.shape)} must be int64 (B, T), T <= {room}, from 0 to {V - 1}")
 
 
 # %% what makes it fast: one cache for all iterations
@@ -333,7 +329,7 @@ def feed(
     model: RecurrentDepthLM, cache: Cache, ids: Tensor, steps: int, s: Tensor | None = None, exit_kl: float = 0.0,
     max_entropy: float = math.inf,
 ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
-    """Run ids (1, T) behind the cached tokens -> logits (1, T, V), state (1, T, C), iterations run, at most `steps`.
+    """Run ids (1, T) behind the cached tokens -> logits (1, T, V), state (1, T, C), iterations, at most `steps`.
 
     exit_kl: stop once KL(p_{i-1} || p_i) is below it at all T positions, in nats. max_entropy: and the last prediction's
     entropy below that: a position that no information has reached sits still as well. s: s_0, by default zero."""
@@ -397,6 +393,9 @@ def speculate(model: RecurrentDepthLM, ids: Tensor, new: int, steps: int, draft:
 # %% real weights: released folders, and a Llama made recurrent
 
 
+INDEX = "model.safetensors.index.json"  # of a model in several files
+
+
 def assemble(shape: Shape, tensors: dict[str, Tensor], source: str) -> RecurrentDepthLM:
     """A model that holds these very tensors. BadInput: names all that are missing, extra or misshapen."""
     with torch.device("meta"):
@@ -414,11 +413,11 @@ def load_weights(path: str | Path) -> RecurrentDepthLM:
     folder = Path(path)
     if not (folder / "config.json").exists():
         raise FileNotFoundError(f"{folder} has no config.json. Give the folder of a released or of a saved model.")
-    shape, st, index = Shape.from_json(folder / "config.json"), package("safetensors.torch"), "model.safetensors.index.json"
+    shape, st, index = Shape.from_json(folder / "config.json"), package("safetensors.torch"), folder / INDEX
+    files, tensors = ["model.safetensors"], {}
     try:
-        files, tensors = ["model.safetensors"], {}
-        if (folder / index).exists():
-            files = sorted(set(json.loads((folder / index).read_text())["weight_map"].values()))
+        if index.exists():
+            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         for name in files:
             tensors |= st.load_file(folder / name)
     except (OSError, ValueError, KeyError, package("safetensors").SafetensorError) as e:
@@ -431,7 +430,7 @@ def load_weights(path: str | Path) -> RecurrentDepthLM:
 def save_weights(model: RecurrentDepthLM, path: str | Path) -> None:
     """Write config.json and model.safetensors under the released names. BadInput: a model in several files is there."""
     folder, st = Path(path), package("safetensors.torch")
-    if (folder / "model.safetensors.index.json").exists():
+    if (folder / INDEX).exists():
         raise BadInput(f"{folder} holds another model in several files, which would be read first. Pass another --out.")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: p.detach().contiguous().cpu() for n, p in model.state_dict().items()}
@@ -512,31 +511,28 @@ class AtanAdam(torch.optim.Optimizer):
 
 # %% settings
 
-LEARNS, SPEAKS = ("demo", "train"), ("generate",)
+LEARNS, SPEAKS, LOOKS = ("demo", "train"), ("generate",), ("train", "eval", "generate")
 
 
 @dataclass
 class Config:
     mode: str = opt("demo", "what to do", ("demo", "train", "eval", "generate", "bench"), positional=True)
-    preset: str = opt("laptop", "parity, text in bytes, a real model made recurrent, or the paper's model",
-                      ("laptop", "bytes", "heal", "huginn-3.5b"), modes=("train",))  # fmt: skip
+    preset: str = opt("laptop", "what to train", ("laptop", "bytes", "heal", "huginn-3.5b"), modes=("train",))
     quick: bool = opt(False, "three short runs, no verdict", modes=("demo",))
-    model: str = opt("", "a recurrent model's folder; or smollm2 or a Llama's folder, made recurrent",
-                     modes=("train", "eval", "generate"))  # fmt: skip
-    split: tuple = opt((6, 12, 6), "of a Llama: layers of prelude, core, coda", modes=("train", "eval", "generate"))
+    model: str = opt("", "a recurrent model's folder; smollm2 or a Llama's folder, made recurrent", modes=LOOKS)
+    split: tuple = opt((6, 12, 6), "of a Llama: layers of prelude, core, coda", modes=LOOKS)
     tokenizer: str = opt("", "a tokenizer.json for the text; empty: the model's own, or bytes", modes=("train",))
     data: tuple = opt(("docs",), "text files, one .npy of ids, docs or sources: Python's own", modes=("train", "eval"))
     block: int = opt(32, "bits or tokens per row that are predicted", modes=("demo", "train", "eval"))
     r_bar: int = opt(6, "mean recurrence in training", modes=LEARNS)
-    ramp: str = opt("none", "how the mean rises from 1: over a quarter of the run, or three", ("none", "linear",
-                    "1-sqrt"), modes=("train",))  # fmt: skip
+    ramp: str = opt("none", "how the mean rises from 1", ("none", "linear", "1-sqrt"), modes=("train",))
     steps: int = opt(400, "optimizer steps", modes=LEARNS)
     batch: int = opt(32, "rows per step, over all processes and micro-steps", modes=LEARNS)
     accum: int = opt(1, "micro-steps per step, each with its own depth", modes=("train",))
     optimizer: str = opt("adamw", "update rule; atan is the first paper's", ("adamw", "atan"), modes=("train",))
     lr: float = opt(1.5e-3, "peak learning rate", modes=LEARNS)
     r: tuple = opt((1, 2, 4, 8, 16, 32), "depths to measure; generate: the last one", modes=("eval", "generate"))
-    prompt: str = opt("The capital of France is", "text to continue; bits for a parity model", modes=SPEAKS)
+    prompt: str = opt("The capital of France is", "text to continue", modes=SPEAKS)
     new: int = opt(40, "tokens to write", modes=SPEAKS)
     exit_kl: float = opt(0.0, "stop a token's iterations where its prediction changes less, in nats", modes=SPEAKS)
     draft: int = opt(0, "iterations of self-speculative drafts", modes=SPEAKS)
@@ -550,12 +546,12 @@ class Config:
     log_every: int = opt(20, "steps between lines in metrics.jsonl", modes=LEARNS)
 
     def __post_init__(self):
-        sizes, text = (self.block, self.r_bar, self.steps, self.batch, self.accum, self.log_every), ("model", "tokenizer")
-        own = self.data != ("docs",) or any(getattr(self, name) for name in text)
+        sizes = self.block, self.r_bar, self.steps, self.batch, self.accum, self.log_every, self.new
+        own = self.data != ("docs",) or self.model or self.tokenizer
         for wrong, message in (
-            (min(*sizes, self.save_every + 1, self.new, *(n + 1 for n in (*self.r, self.draft, self.budget))) < 1,
-             "sizes, --steps, --new and --log-every must be at least 1, --r, --draft, --budget and --save-every 0"),
-            (not 0 < self.lr < math.inf or self.exit_kl < 0, "--lr must be above 0, --exit-kl at least 0"),
+            (min(*sizes, *(n + 1 for n in (*self.r, self.draft, self.budget, self.save_every, self.exit_kl))) < 1,
+             "sizes, --steps, --new and --log-every are at least 1, --r, --draft, --budget, --save-every, --exit-kl 0"),
+            (not 0 < self.lr < math.inf, f"--lr {self.lr}: give a number above 0"),
             (len(self.split) != 3, f"--split takes three numbers, got {self.split}"),
             (self.draft and (self.exit_kl or self.budget), "--draft goes without --exit-kl and --budget"),
             (self.mode == "train" and self.preset == "laptop" and own,
@@ -649,13 +645,14 @@ def look_back(model: RecurrentDepthLM, strength: float = 1.0) -> None:
 
 
 def depth_of(cfg: Config, kind: str, k: int, total: int):
-    """The depth of a training run as a function micro-step -> (n, k): drawn, with a ramp, fixed, or one iteration."""
-    if kind == "once":
-        return lambda micro: (0, 1)
-    if kind == "fixed":
-        return lambda micro: (max(0, cfg.r_bar + 1 - k), min(k, cfg.r_bar + 1))
-    mean = lambda micro: ramped_mean(micro, total, cfg.r_bar, kind)
-    return lambda micro: sample_depth(micro + 1, mean(micro), min(k, mean(micro)) if kind != "none" else k)
+    """The depth of a training run, a function micro-step -> (n, k): drawn, with or without a ramp; fixed; or once."""
+
+    def draw(micro: int) -> tuple[int, int]:
+        mean = ramped_mean(micro, total, cfg.r_bar, kind)
+        return sample_depth(micro + 1, mean, min(k, max(mean, k if kind == "none" else 1)))
+
+    fixed = {"once": (0, 1), "fixed": (max(0, cfg.r_bar + 1 - k), min(k, cfg.r_bar + 1))}
+    return (lambda micro: fixed[kind]) if kind in fixed else draw
 
 
 def change(s: Tensor, after: Tensor) -> Tensor:
@@ -689,12 +686,12 @@ def train_model(
     late = torch.tensor([1.0, 0.0])  # on parity: the loss of late, and the step at which it fell below SETTLED
     parts, T = {"model": model, "optimizer": optimizer, "late": late}, cfg.block + isinstance(data, Parity)
     for step in loop.steps(cfg, w, run, parts, cfg.steps, what, path, {"text": data.crc}):
-        loss, log = 0.0, (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps
-        for micro in range(step * cfg.accum, (step + 1) * cfg.accum):
-            ddp.require_backward_grad_sync = micro + 1 == (step + 1) * cfg.accum  # read by DDP alone
+        loss, end = 0.0, (step + 1) * cfg.accum
+        for micro in range(step * cfg.accum, end):
+            ddp.require_backward_grad_sync = micro + 1 == end  # read by DDP alone
             ids, labels = (x[rank::size].to(w.device) for x in data.draw(rows, cfg.block, 3, micro))
-            noise = lambda row, micro=micro: initial_state(1, T, model.shape, cluster.generator(cfg.seed, 4, micro, row))
-            s0 = torch.cat([noise(row) for row in range(rank, rows, size)]).to(w.device)  # (rows / ranks, T, C)
+            draws = (cluster.generator(cfg.seed, 4, micro, row) for row in range(rank, rows, size))
+            s0 = torch.cat([initial_state(1, T, model.shape, g) for g in draws]).to(w.device)  # (rows / ranks, T, C)
             with torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
                 logits, s = ddp(ids, *depth(micro), s0)
                 part = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100) / cfg.accum
@@ -708,12 +705,12 @@ def train_model(
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0 if paper else 0.5)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if log:
+        if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
             with torch.no_grad():
-                alarms = correlation(s) / size, change(s, model.iterate(model.embed(ids), s)).mean() / size
-            found = {"loss": loss, "correlation": alarms[0], "residual": alarms[1]}
-            run.line = {k: v.item() if alone else v for k, v in found.items()} | {"grad_norm": norm.item()}
-            run.line |= dict(zip(("n", "k"), depth(micro), strict=True))
+                moved = change(s, model.iterate(model.embed(ids), s)).mean() / size
+            found = {"loss": loss, "correlation": correlation(s.detach()) / size, "residual": moved}
+            run.line = {name: x.item() if alone else x for name, x in found.items()}  # summed over the ranks
+            run.line |= {"grad_norm": norm.item()} | dict(zip("nk", depth(micro), strict=True))
             if not math.isfinite(run.line["grad_norm"]):
                 raise BadInput(f"the gradient is not finite at step {step + 1}. Lower --lr, or go back with --resume.")
     return model.eval()
@@ -723,12 +720,10 @@ SETTLED = 0.54  # loss on parity at which the loop has begun to work
 
 
 def rate(cfg: Config, step: int, settled: int) -> float:
-    """Part of --lr: a linear rise over a tenth, then even; the second half falls to 2 %. atan stays at the peak."""
-    rise = min(1.0, (step + 1) / max(1, min(4096, cfg.steps // 10)))
-    if cfg.optimizer == "atan":
-        return rise
-    first = settled or cfg.steps // 2
-    return rise * (0.5 if settled else 1) * (1 - 0.98 * max(0, step - first) / max(1, cfg.steps - first))
+    """Part of --lr: a linear rise over an eighth, then even; the second half falls to 2 %. atan stays at the peak."""
+    rise, first = min(1.0, (step + 1) / max(1, min(4096, cfg.steps // 8))), settled or cfg.steps // 2
+    fall = 1 - 0.98 * max(0, step - first) / max(1, cfg.steps - first)
+    return rise * (1 if cfg.optimizer == "atan" else fall * (0.5 if settled else 1))
 
 
 # %% demo: what depth does
@@ -808,8 +803,8 @@ def judge(found: dict[str, dict]) -> tuple[bool, str]:
     first = ours[12] >= 0.98 and shallow and ours[12] >= max(once.values()) + 0.1 and far >= 0.9
     second = new[12] >= 0.98 and new[12] >= max(same[12] + 0.1, random[12] + 0.02, even[12] - 0.01)
     return first and second, (
-        f"(1) parity of {LENGTH} bits, right at r = 1 {ours[1]:.3f}, 4 {ours[4]:.3f}, 12 {ours[12]:.3f}, {2 * LENGTH} bits "
-        f"at 32 {far:.3f}; trained at r = 1 for equal passes {max(once.values()):.3f}; loss at r = 1, 2, 4 "
+        f"(1) parity of {LENGTH} bits, right at r = 1 {ours[1]:.3f}, 4 {ours[4]:.3f}, 12 {ours[12]:.3f}, {2 * LENGTH} "
+        f"bits at 32 {far:.3f}; trained at r = 1 for equal passes {max(once.values()):.3f}; loss at r = 1, 2, 4 "
         f"{'below' if shallow else 'NOT below'} fixed depth's. (2) made recurrent {new[12]:.3f}, itself continued for "
         f"equal passes {same[12]:.3f}, random weights {random[12]:.3f}, no ramp {even[12]:.3f}"
     )
@@ -827,10 +822,9 @@ def demo(cfg: Config, w: cluster.World) -> None:
     base = functools.cache(lambda: train_model(once, w, keep, start(cfg)[0], Parity(cfg.seed, one_step=True),
                                                "base: one step", "", "once", alone=True))  # fmt: skip
     for name in (name for name in names if owner[name] == w.rank):
-        start = time.process_time()
-        model, passes = trained(cfg, w, keep, name, base)
-        mine[name] = measure(model, cfg.seed, name == FIRST[0]) | {"passes": passes}
-        mine[name]["CPU s"] = round(time.process_time() - start)
+        began, (model, passes) = time.process_time(), trained(cfg, w, keep, name, base)
+        spent = {"passes": passes, "CPU s": round(time.process_time() - began)}
+        mine[name] = measure(model, cfg.seed, name == FIRST[0]) | spent
     dist.all_gather_object(every, (mine, lines))
     found = {name: every[owner[name]][0][name] for name in names}
     for line in (*(line for _, more in every for line in more), *({"measured": n, **f} for n, f in found.items())):
@@ -873,20 +867,18 @@ def draw(found: dict[str, dict], figure, axes) -> None:
 
 
 def train(cfg: Config, w: cluster.World) -> None:
-    """One run with checkpoints, from random or real weights; ends with the loss by depth and the weights in OUT/model."""
-    model, data, tokenizer = start(cfg)
-    run = report.Run(cfg.out, cfg, w)
+    """One run with checkpoints, from random or real weights; ends with the loss by depth, and the weights in --out."""
+    (model, data, tokenizer), run = start(cfg), report.Run(cfg.out, cfg, w)
     w.print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     train_model(cfg, w, run, model, data, "train", f"{cfg.out}/checkpoint.pt")
     show(cfg, w, model, data)
-    try:
-        if w.main:
-            save_weights(model, f"{cfg.out}/model")
-        if w.main and tokenizer is not None:
+    if importlib.util.find_spec("safetensors") is None:
+        return w.print('no model folder: safetensors is not installed (pip install -e ".[models]")')
+    if w.main:
+        save_weights(model, f"{cfg.out}/model")
+        if tokenizer is not None:
             tokenizer.save(f"{cfg.out}/model/tokenizer.json")
-        w.print(f"weights: {cfg.out}/model")
-    except ModuleNotFoundError as e:
-        w.print(f"weights not written: {e}")
+    w.print(f"weights: {cfg.out}/model")
 
 
 def show(cfg: Config, w: cluster.World, model: RecurrentDepthLM, data) -> None:
@@ -900,12 +892,11 @@ def show(cfg: Config, w: cluster.World, model: RecurrentDepthLM, data) -> None:
 
 def opened(cfg: Config, w: cluster.World) -> tuple:
     """(settings, model, data, tokenizer) of --model, or of the run in --out under the settings of its training."""
-    state = {}
+    path, state = f"{cfg.out}/checkpoint.pt", {}
     if not cfg.model:
-        cfg, state = loop.opened(f"{cfg.out}/checkpoint.pt", cfg, "r", "prompt", "new", "exit_kl", "draft", "budget")
+        cfg, state = loop.opened(path, cfg, "r", "prompt", "new", "exit_kl", "draft", "budget")
     model, data, tokenizer = start(cfg)
-    if state:
-        model.load_state_dict(state["model"])
+    model.load_state_dict(state.get("model", model.state_dict()))
     return cfg, model.to(w.device).eval(), data, tokenizer
 
 
@@ -921,15 +912,15 @@ def write(cfg: Config, w: cluster.World) -> None:
     if model.shape.n_out:
         raise BadInput("this model knows parity, not text. Run train --preset bytes, or give --model smollm2.")
     ids = Tokenizer().encode(cfg.prompt).tolist() if tokenizer is None else tokenizer.encode(cfg.prompt).ids
-    ids, start, ran = torch.tensor([ids], device=w.device), time.perf_counter(), []
+    ids, began = torch.tensor([ids], device=w.device), time.perf_counter()
+    stop = tuple(tokenizer.token_to_id(word) for word in ENDS) if tokenizer else ()  # None where it has no such word
     if cfg.draft:
-        said = speculate(model, ids, cfg.new, cfg.r[-1], cfg.draft)[0, ids.shape[1] :].tolist()
+        said, ran = speculate(model, ids, cfg.new, cfg.r[-1], cfg.draft)[0, ids.shape[1] :].tolist(), ["drafted"]
     else:
-        stop = tuple(tokenizer.token_to_id(t) for t in ENDS if tokenizer.token_to_id(t)) if tokenizer else ()
         made = generate(model, ids, cfg.new, cfg.r[-1], cfg.exit_kl, stop, cfg.budget)
-        said, ran = map(list, zip(*report.progress(made, "generate", w, cfg.new), strict=True))
-    w.print(f"{cfg.prompt} -> {(tokenizer or Tokenizer()).decode(said)}\niterations per token: {' '.join(map(str, ran)) or 'drafted'}")
-    w.print(f"{len(said) / (time.perf_counter() - start):.1f} tokens/s with the prompt")
+        said, ran = zip(*report.progress(made, "generate", w, cfg.new), strict=True)
+    speed = f"{len(said) / (time.perf_counter() - began):.1f} tokens/s with the prompt"
+    w.print(f"{cfg.prompt} -> {(tokenizer or Tokenizer()).decode(said)}\n{speed}; iterations", *ran)
 
 
 ENDS = "<|endoftext|>", "<|im_end|>", "<|end_text|>", "<|end_turn|>", "<|begin_text|>", "</s>", "<|eot_id|>"
@@ -937,7 +928,7 @@ ENDS = "<|endoftext|>", "<|im_end|>", "<|end_text|>", "<|end_turn|>", "<|begin_t
 
 @torch.no_grad()
 def bench(cfg: Config, w: cluster.World) -> None:
-    """One token behind 511 others at r = 8: cached, with smaller budgets, recomputed; on a GPU Huginn's sizes, r = 32."""
+    """One token behind 511 others: cached, with smaller budgets, recomputed; on a GPU at Huginn's sizes and r = 32."""
     cuda, T, r = w.device.type == "cuda", 512, 32 if w.device.type == "cuda" else 8
     shape = SHAPES["huginn-3.5b"] if cuda else Shape(256, 8, 704, 1, 2, 1, 4, 3, 256, 1024, 1e-6, 1e3, True)
     with torch.device("meta"):
@@ -958,11 +949,10 @@ def bench(cfg: Config, w: cluster.World) -> None:
         cases[f"cache of {budget} iterations, {cache.kv.nbytes / 2**20:.1f} MiB"] = functools.partial(again, cache)
     cases["no cache, all recomputed"] = lambda: model(ids, r, 0, torch.zeros(1, T, shape.n_embd))
     seconds = report.timed(cases, w.device, repeats=11)
-    core = sum(p.numel() for part in ("core_block", "adapter") for p in model.transformer[part].parameters())
-    read = sum(p.numel() for p in model.parameters()) + (r - 1) * core
-    floor = read * model.transformer.wte.weight.element_size() / report.ceilings(w.device)[0]
+    size = lambda part: sum(p.nbytes for p in part.parameters())
+    read = size(model) + (r - 1) * (size(model.transformer.core_block) + size(model.transformer.adapter))
     rows = [[name, 1e3 * median, 1e3 * spread] for name, (median, spread) in seconds.items()]
-    rows.append(["floor: weights read once an iteration", 1e3 * floor, 0.0])
+    rows.append(["floor: weights read in every iteration", 1e3 * read / report.ceilings(w.device)[0], 0.0])
     title = f"{report.device_name(w.device)}, {model.transformer.wte.weight.dtype}, C={shape.n_embd} T={T} r={r}, batch 1"
     w.print(title + "\n" + report.table(["next token", "ms", "+-"], rows))
     if w.main:
@@ -970,20 +960,10 @@ def bench(cfg: Config, w: cluster.World) -> None:
 
 
 def main(cfg: Config) -> None:
+    cluster.two_processes(cfg)
     with cluster.world(cfg.device) as w:
-        modes = {"demo": demo, "train": train, "eval": evaluate, "generate": write, "bench": bench}
-        modes[cfg.mode](cfg, w)
-
-
-def begin(cfg: Config) -> None:
-    """main, except that a lone demo on a CPU of two cores or more starts itself again as two processes."""
-    gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-    if cfg.mode == "demo" and not gpu and "RANK" not in os.environ and (os.cpu_count() or 1) > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
-    main(cfg)
+        {"demo": demo, "train": train, "eval": evaluate, "generate": write, "bench": bench}[cfg.mode](cfg, w)
 
 
 if __name__ == "__main__":
-    cli.run(begin, Config, PRESETS)
+    cli.run(main, Config, PRESETS)
