@@ -60,18 +60,33 @@ def open_weights(model: str = "smollm2") -> Weights:
     return open_folder(path) if path.is_dir() else open_gguf(path)
 
 
-def _json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """What a JSON file holds. BadInput: damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as e:
         raise BadInput(f"{path} is damaged ({e}). Copy or download it again.") from e
 
 
+def safetensors(folder: Path) -> tuple[list[str], Callable[[str], Tensor]]:
+    """The names in model.safetensors or its shards, and read(name) -> tensor. BadInput: missing or damaged."""
+    library, index, one = package("safetensors"), folder / "model.safetensors.index.json", "model.safetensors"
+
+    def opened(file: str):
+        try:
+            return library.safe_open(folder / file, framework="pt")
+        except (library.SafetensorError, FileNotFoundError) as e:
+            raise BadInput(f"{folder / file} is missing or damaged ({e}). Copy or download it again.") from e
+
+    where = read_json(index)["weight_map"] if index.exists() else dict.fromkeys(opened(one).keys(), one)
+    return list(where), lambda name: opened(where[name]).get_tensor(name)
+
+
 def open_folder(folder: Path) -> Weights:
     """config.json, model.safetensors or its shards, tokenizer.json. BadInput: settings that these scripts ignore."""
     if not (folder / "config.json").exists():
         raise BadInput(f"--model {folder} has no config.json. Give a Hugging Face folder, or name a .gguf file.")
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     if config.get("model_type") not in ("llama", "mistral"):
         raise BadInput(f"{folder}: model_type {config.get('model_type')!r} is not supported, only llama and mistral.")
     flat = config | (config.get("rope_parameters") or {})  # where transformers 5 keeps what concerns positions
@@ -80,24 +95,15 @@ def open_folder(folder: Path) -> Weights:
         other["sliding_window"] = config["sliding_window"]
     if other:
         raise BadInput(f"{folder}: the model has {other}, which is not supported.")
-    safetensors = package("safetensors")
-
-    def opened(file: str):
-        try:
-            return safetensors.safe_open(folder / file, framework="pt")
-        except (safetensors.SafetensorError, FileNotFoundError) as e:
-            raise BadInput(f"{folder / file} is missing or damaged ({e}). Copy or download it again.") from e
 
     def tokenizer():
         if not (folder / "tokenizer.json").exists():
             raise FileNotFoundError(f"{folder}/tokenizer.json is missing, so text cannot become ids. Copy it there.")
         return package("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
 
-    index, one = folder / "model.safetensors.index.json", "model.safetensors"
-    where = _json(index)["weight_map"] if index.exists() else dict.fromkeys(opened(one).keys(), one)
+    where, read = safetensors(folder)
     skip = ("inv_freq", "lm_head.weight") if config.get("tie_word_embeddings") else ("inv_freq",)
-    names = sorted(n for n in where if not n.endswith(skip))
-    return Weights(config, names, lambda name: opened(where[name]).get_tensor(name), tokenizer)
+    return Weights(config, sorted(n for n in where if not n.endswith(skip)), read, tokenizer)
 
 
 def rope_frequencies(config: dict) -> Tensor:
