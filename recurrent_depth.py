@@ -29,7 +29,6 @@ Writes   results/recurrent_depth/: metrics.jsonl, claim.json, recurrent_depth.pn
 import copy
 import functools
 import importlib.util
-import json
 import math
 import os
 import time
@@ -50,7 +49,7 @@ from torch.utils.checkpoint import checkpoint
 from common import cli, cluster, loop, report
 from common.cli import BadInput, opt
 from common.text import Tokenizer, corpus
-from common.weights import open_weights, package, rope_frequencies
+from common.weights import open_weights, package, read_json, rope_frequencies, safetensors
 
 # %% the method
 #
@@ -135,16 +134,14 @@ class Shape:
     @classmethod
     def from_json(cls, path: Path) -> "Shape":
         """From a config.json of either paper's release. BadInput: damaged, or of another architecture."""
-        try:
-            given = json.loads(path.read_text())
-            kind = given.get("injection_type", "linear"), given.get("block_class_name", "SandwichBlock")
-            if kind not in (("linear", "SandwichBlock"), ("linear", "LlamaBlock")):
-                raise BadInput(f"{path}: {kind} is not supported, only linear with SandwichBlock or LlamaBlock")
-            given = {"num_attention_heads": given.get("n_heads"), "rope_theta": given.get("rope_base"),
-                     "qk_bias": kind[1] == "SandwichBlock"} | given  # fmt: skip
-            return cls(**{f.name: given[f.name] for f in fields(cls) if f.name in given})
-        except (TypeError, AttributeError, json.JSONDecodeError) as e:
-            raise BadInput(f"{path} is damaged or of another model ({e})") from e
+        given = {"injection_type": "linear", "block_class_name": "SandwichBlock", **read_json(path)}
+        kind, names = (given["injection_type"], given["block_class_name"]), [f.name for f in fields(cls)]
+        given = {"num_attention_heads": given.get("n_heads"), "rope_theta": given.get("rope_base"),
+                 "qk_bias": kind[1] == "SandwichBlock", **given}  # fmt: skip
+        lost = [name for name in names[:13] if given.get(name) is None]
+        if lost or kind not in (("linear", "SandwichBlock"), ("linear", "LlamaBlock")):
+            raise BadInput(f"{path}: {kind}, without {lost}, is none of these papers' models.")
+        return cls(**{name: given[name] for name in names if name in given})
 
 
 SHAPES = {  # width, heads, MLP; layers of prelude, core, coda; mean depth, k; vocabulary, longest row, eps, rotary base
@@ -152,6 +149,7 @@ SHAPES = {  # width, heads, MLP; layers of prelude, core, coda; mean depth, k; v
     "bytes": Shape(96, 3, 256, 1, 2, 1, 4, 3, 256, 1024, 1e-6, 1000.0, tie_embeddings=True),
     "huginn-3.5b": Shape(5280, 55, 17920, 2, 4, 2, 32, 8, 65536, 4096, 1e-6, 50000.0, tie_embeddings=True),
 }
+
 
 def rotate(x: Tensor, at, pairs: bool) -> Tensor:
     """Rotary embedding of x (B, T, H, D): of pairs (x0, x1), (x2, x3)..., or of Llama's, (x_j, x_{j + D/2})."""
@@ -232,19 +230,17 @@ class RecurrentDepthLM(nn.Module):
                 s = std / math.sqrt(2 * L) if name.endswith("proj.weight") else std
                 nn.init.trunc_normal_(p, std=s, a=-3 * s, b=3 * s, generator=g)
 
-    def embed(self, ids: Tensor, at=None) -> Tensor:
+    def embed(self, ids: Tensor, at) -> Tensor:
         """e = P(ids): (B, T) -> (B, T, C)."""
-        at = at or self.place(ids.shape[1])
         e = self.transformer.wte(ids)
         e = e * math.sqrt(self.shape.n_embd) if self.shape.qk_bias else e
         for j, block in enumerate(self.transformer.prelude):
             e = block(e, at, j)
         return e
 
-    def iterate(self, e: Tensor, s: Tensor, at=None, i: int = 0) -> Tensor:
+    def iterate(self, e: Tensor, s: Tensor, at, i: int = 0) -> Tensor:
         """s_{i+1} = R(e, s_i), (B, T, C). The iteration's number only chooses the cache entry: weights are shared."""
-        at = at or self.place(e.shape[1])
-        slot = at.cache.slot(i) if at.cache else 0
+        slot = at.cache.first + i % at.cache.budget * at.cache.l_R if at.cache else 0
         x = self.transformer.adapter(torch.cat([s, e], dim=-1))  # (B, T, 2C) -> (B, T, C)
         for j, block in enumerate(self.transformer.core_block):
             x = block(x, at, slot + j)
@@ -254,9 +250,9 @@ class RecurrentDepthLM(nn.Module):
         """What the coda receives, and a warm start carries on: ln_f(s), or s itself in a retrofitted model."""
         return self.transformer.ln_f(s) if self.shape.qk_bias else s
 
-    def decode(self, s: Tensor, at=None) -> Tensor:
+    def decode(self, s: Tensor, at) -> Tensor:
         """p = C(s): coda, final norm again, head; (B, T, C) -> logits (B, T, V), at least float32."""
-        at, x = at or self.place(s.shape[1]), self.between(s)
+        x = self.between(s)
         for j, block in enumerate(self.transformer.coda):
             x = block(x, at, self.shape.n_layers_in_prelude + j)
         head = self.transformer.wte if self.shape.tie_embeddings else self.lm_head
@@ -266,9 +262,10 @@ class RecurrentDepthLM(nn.Module):
     def forward(self, ids: Tensor, n: int, k: int, s0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """think() with this model's parts: ids (B, T) -> logits (B, T, V), s_r (B, T, C). BadInput: ids do not fit."""
         self.check(ids)
+        at, s0 = self.place(ids.shape[1]), initial_state(*ids.shape, self.shape) if s0 is None else s0
         core = functools.partial(checkpoint, self.iterate, use_reentrant=False) if self.checkpointing else self.iterate
-        s0 = initial_state(*ids.shape, self.shape) if s0 is None else s0
-        return think(self.embed, core, self.decode, ids, s0.to(self.transformer.wte.weight), n, k)
+        prelude, coda = functools.partial(self.embed, at=at), functools.partial(self.decode, at=at)
+        return think(prelude, functools.partial(core, at=at), coda, ids, s0.to(self.transformer.wte.weight), n, k)
 
     def place(self, T: int, cache: "Cache | None" = None) -> SimpleNamespace:
         """Where T tokens stand that follow those of the cache: rotary tables (T, 1, D/2), mask (T, S) if needed."""
@@ -304,10 +301,6 @@ class Cache:
         slots, weight = self.first + self.budget * self.l_R, model.transformer.wte.weight
         self.kv = weight.new_empty(2, slots, 1, c.num_key_value_heads, room, c.head_dim)
 
-    def slot(self, i: int) -> int:
-        """First slot of iteration i."""
-        return self.first + i % self.budget * self.l_R
-
     def write(self, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Put the new tokens' k, v (1, Hk, T, D) into a slot -> all tokens' keys and values there, (1, Hk, S, D)."""
         end = self.length + k.shape[2]
@@ -331,8 +324,8 @@ def feed(
 ) -> tuple[Tensor, Tensor, int]:  # fmt: skip
     """Run ids (1, T) behind the cached tokens -> logits (1, T, V), state (1, T, C), iterations, at most `steps`.
 
-    exit_kl: stop once KL(p_{i-1} || p_i) is below it at all T positions, in nats. max_entropy: and the last prediction's
-    entropy below that: a position that no information has reached sits still as well. s: s_0, by default zero."""
+    exit_kl: stop once KL(p_{i-1} || p_i) is below it at all T positions, in nats. max_entropy: and the last prediction
+    is as sure as that, since a position that no information has reached sits still as well. s: s_0, by default 0."""
     model.check(ids)
     at = model.place(ids.shape[1], cache)
     e = model.embed(ids, at)
@@ -361,7 +354,7 @@ def generate(
     The prompt runs all `steps`. warm: a token starts from the last state of the one before, not from zero.
     BadInput: more than one row. Rows of a batch would be padded, and this model has no mask for padding."""
     if ids.shape[0] != 1:
-        raise BadInput(f"generate continues one row, got {ids.shape[0]}: padding would be read as text. Call it per row")
+        raise BadInput(f"generate continues one row, got {ids.shape[0]}: padding would be read as text")
     cache, s, rule = Cache(model, ids.shape[1] + new, steps, budget), None, {}
     for _ in range(new):
         logits, s, ran = feed(model, cache, ids, steps, model.between(s[:, -1:]) if warm and rule else None, **rule)
@@ -393,9 +386,6 @@ def speculate(model: RecurrentDepthLM, ids: Tensor, new: int, steps: int, draft:
 # %% real weights: released folders, and a Llama made recurrent
 
 
-INDEX = "model.safetensors.index.json"  # of a model in several files
-
-
 def assemble(shape: Shape, tensors: dict[str, Tensor], source: str) -> RecurrentDepthLM:
     """A model that holds these very tensors. BadInput: names all that are missing, extra or misshapen."""
     with torch.device("meta"):
@@ -411,34 +401,25 @@ def assemble(shape: Shape, tensors: dict[str, Tensor], source: str) -> Recurrent
 def load_weights(path: str | Path) -> RecurrentDepthLM:
     """A model from a folder of either paper's release, or of save_weights. FileNotFoundError, BadInput: damaged."""
     folder = Path(path)
-    if not (folder / "config.json").exists():
-        raise FileNotFoundError(f"{folder} has no config.json. Give the folder of a released or of a saved model.")
-    shape, st, index = Shape.from_json(folder / "config.json"), package("safetensors.torch"), folder / INDEX
-    files, tensors = ["model.safetensors"], {}
-    try:
-        if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        for name in files:
-            tensors |= st.load_file(folder / name)
-    except (OSError, ValueError, KeyError, package("safetensors").SafetensorError) as e:
-        raise BadInput(f"{folder}: the weights are not complete ({e}). Copy or download them again.") from e
-    for double in ("freqs_cis", *(("lm_head.weight",) if shape.tie_embeddings else ())):
-        tensors.pop(double, None)
-    return assemble(shape, tensors, str(folder)).eval()
+    shape, (names, read) = Shape.from_json(folder / "config.json"), safetensors(folder)
+    skip = {"freqs_cis"} | ({"lm_head.weight"} if shape.tie_embeddings else set())
+    return assemble(shape, {name: read(name) for name in names if name not in skip}, str(folder)).eval()
 
 
 def save_weights(model: RecurrentDepthLM, path: str | Path) -> None:
     """Write config.json and model.safetensors under the released names. BadInput: a model in several files is there."""
-    folder, st = Path(path), package("safetensors.torch")
-    if (folder / INDEX).exists():
+    folder = Path(path)
+    if (folder / "model.safetensors.index.json").exists():
         raise BadInput(f"{folder} holds another model in several files, which would be read first. Pass another --out.")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: p.detach().contiguous().cpu() for n, p in model.state_dict().items()}
-    st.save_file(tensors, folder / "model.tmp", metadata={"format": "pt"})
+    package("safetensors.torch").save_file(tensors, folder / "model.tmp", metadata={"format": "pt"})
     os.replace(folder / "model.tmp", folder / "model.safetensors")
     report.write_json(folder / "config.json", {"model_type": "huginn_raven", **asdict(model.shape)})
 
 
+SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings",
+         "rms_norm_eps")  # fmt: skip
 LLAMA = {  # our names -> Hugging Face's
     "norm_1": ["input_layernorm"], "norm_2": ["post_attention_layernorm"], "attn.proj": ["self_attn.o_proj"],
     "attn.Wqkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -451,22 +432,22 @@ def retrofit(state_dict: dict[str, Tensor], config: dict, split=(4, 8, 4), seed:
 
     split (p, R, c): the first p layers become the prelude, the last c the coda, the R before those the core; layers
     between prelude and core are dropped. Only the adapter is new. BadInput: the split or the tensors do not fit."""
-    (p, R, c), n, C = split, config["num_hidden_layers"], config["hidden_size"]
+    (p, R, c), n = split, config["num_hidden_layers"]
     if min(split) < 1 or sum(split) > n:
         raise BadInput(f"--split {p} {R} {c} needs {sum(split)} layers, each part at least 1; the model has {n}")
     rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
     rope |= config.get("rope_parameters") or {}  # where transformers 5 keeps it
     if (base := rope.pop("rope_theta")) is None:
         raise BadInput("the config has no rope_theta, neither on top nor in rope_parameters")
-    heads, V = config["num_attention_heads"], config["vocab_size"]
-    shape = Shape(C, heads, config["intermediate_size"], p, R, c, 4, 8, V, config["max_position_embeddings"],
-                  config["rms_norm_eps"], base, False, config.get("num_key_value_heads") or heads,
-                  config.get("head_dim") or 0, qk_bias=False, rope_scaling=rope)  # fmt: skip
+    C, heads, ff, V, block, eps = (config[name] for name in SIZES)
+    shape = Shape(C, heads, ff, p, R, c, 4, 8, V, block, eps, base, False, config.get("num_key_value_heads"),
+                  config.get("head_dim"), qk_bias=False, rope_scaling=rope)  # fmt: skip
     kept = [*range(p), *range(n - c - R, n)]
     places = [f"{part}.{j}" for part, count in (("prelude", p), ("core_block", R), ("coda", c)) for j in range(count)]
-    sources = {"wte": ["model.embed_tokens"], "ln_f": ["model.norm"]}
-    for place, i in zip(places, kept, strict=True):
-        sources |= {f"{place}.{ours}": [f"model.layers.{i}.{old}" for old in parts] for ours, parts in LLAMA.items()}
+    sources = {"wte": ["model.embed_tokens"], "ln_f": ["model.norm"]} | {
+        f"{place}.{ours}": [f"model.layers.{i}.{old}" for old in parts]
+        for place, i in zip(places, kept, strict=True) for ours, parts in LLAMA.items()
+    }  # fmt: skip
     used = {f"{name}.weight" for parts in sources.values() for name in parts}
     mine = tuple(f"model.layers.{i}." for i in kept)
     strange = {x for x in state_dict if x.startswith(mine) and not x.endswith("inv_freq")} - used
@@ -535,8 +516,6 @@ class Config:
     prompt: str = opt("The capital of France is", "text to continue", modes=SPEAKS)
     new: int = opt(40, "tokens to write", modes=SPEAKS)
     exit_kl: float = opt(0.0, "stop a token's iterations where its prediction changes less, in nats", modes=SPEAKS)
-    draft: int = opt(0, "iterations of self-speculative drafts", modes=SPEAKS)
-    budget: int = opt(0, "iterations kept in the cache", modes=SPEAKS)
     seed: int = opt(0, "of data, weights and initial states", modes=(*LEARNS, "eval", "bench"))
     device: str = opt("auto", "where to run", ("auto", "cpu", "cuda"))
     dtype: str = opt("float32", "of the matrix products", ("float32", "bfloat16"), modes=("train", "eval"))
@@ -549,11 +528,10 @@ class Config:
         sizes = self.block, self.r_bar, self.steps, self.batch, self.accum, self.log_every, self.new
         own = self.data != ("docs",) or self.model or self.tokenizer
         for wrong, message in (
-            (min(*sizes, *(n + 1 for n in (*self.r, self.draft, self.budget, self.save_every, self.exit_kl))) < 1,
-             "sizes, --steps, --new and --log-every are at least 1, --r, --draft, --budget, --save-every, --exit-kl 0"),
+            (min(*sizes, *(n + 1 for n in (*self.r, self.save_every, self.exit_kl))) < 1,
+             "sizes, --steps, --new and --log-every are at least 1, --r, --save-every, --exit-kl 0"),
             (not 0 < self.lr < math.inf, f"--lr {self.lr}: give a number above 0"),
             (len(self.split) != 3, f"--split takes three numbers, got {self.split}"),
-            (self.draft and (self.exit_kl or self.budget), "--draft goes without --exit-kl and --budget"),
             (self.mode == "train" and self.preset == "laptop" and own,
              "your text or weights need --preset bytes, heal (real weights) or huginn-3.5b"),
         ):  # fmt: skip
@@ -593,12 +571,12 @@ class Parity:
 class Text:
     """Text as rows of ids, of bytes unless there is a tokenizer; the last 5 % are held out, key (9, ...)."""
 
-    def __init__(self, cfg: Config, vocab: int, tokenizer=None):
+    def __init__(self, cfg: Config, tokenizer=None):
         text, self.seed = corpus(cfg.data), cfg.seed
         if isinstance(text, str):
             text = Tokenizer().encode(text).numpy() if tokenizer is None else np.array(tokenizer.encode(text).ids)
         self.train, self.held = np.split(text, [int(0.95 * len(text))])
-        self.vocab, self.crc = vocab, zlib.crc32(np.ascontiguousarray(text[: 2**16]))
+        self.crc = zlib.crc32(np.ascontiguousarray(text[: 2**16]))
         if len(self.held) <= cfg.block:
             raise BadInput(f"the text has {len(text)} tokens, --block {cfg.block} needs {21 * cfg.block}. Add text.")
 
@@ -607,8 +585,6 @@ class Text:
         ids = self.held if key[0] == 9 else self.train
         first = torch.randint(len(ids) - length, (rows, 1), generator=cluster.generator(self.seed, *key))
         cut = torch.from_numpy(ids[(first + torch.arange(length + 1)).numpy()].astype(np.int64))  # (rows, length + 1)
-        if cut.max() >= self.vocab:
-            raise BadInput(f"the text holds token id {int(cut.max())}, the model has 0 to {self.vocab - 1}")
         return cut[:, :-1], cut[:, 1:]
 
 
@@ -626,7 +602,7 @@ def start(cfg: Config) -> tuple[RecurrentDepthLM, object, object]:
         model = RecurrentDepthLM(SHAPES[cfg.preset], cfg.seed)
         if cfg.preset == "laptop":
             look_back(model)
-    data = Parity(cfg.seed) if model.shape.n_out else Text(cfg, model.shape.vocab_size, tokenizer)
+    data = Parity(cfg.seed) if model.shape.n_out else Text(cfg, tokenizer)
     return model, data, tokenizer
 
 
@@ -655,15 +631,14 @@ def depth_of(cfg: Config, kind: str, k: int, total: int):
     return (lambda micro: fixed[kind]) if kind in fixed else draw
 
 
-def change(s: Tensor, after: Tensor) -> Tensor:
-    """|after - s| / |after| at each position: (B, T, C) twice -> (B, T). 0 at any r: the core ignores its state."""
-    return (after - s).norm(dim=-1) / after.norm(dim=-1)
-
-
-def correlation(s: Tensor) -> Tensor:
-    """Mean cosine between the states of two positions of a row, s (B, T, C) -> 0-d; 1 is a collapse of the states."""
+def alarms(before: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """(residual, correlation) of states (B, T, C): |s - before| / |s|, 0 where the core ignores its state, and the mean
+    cosine between the states of two positions of a row, 1 where all states are alike."""
     T, u = s.shape[1], F.normalize(s.float(), dim=-1).sum(dim=1)  # (B, C)
-    return ((u.square().sum(-1) - T) / max(1, T * (T - 1))).mean()
+    return ((s - before).norm(dim=-1) / s.norm(dim=-1)).mean(), ((u.square().sum(-1) - T) / max(1, T * (T - 1))).mean()
+
+
+WARM = {"laptop": 50, "bytes": 50, "heal": 2, "huginn-3.5b": 4096}  # steps until the peak rate
 
 
 def train_model(
@@ -683,7 +658,7 @@ def train_model(
     groups = [{"params": matrices, "weight_decay": 4e-5 if paper else 0.0}, {"params": rest, "weight_decay": 0.0}]
     optimizer = (AtanAdam if paper else torch.optim.AdamW)(groups, lr=cfg.lr, betas=(0.9, 0.95))
     depth = depth_of(cfg, kind or cfg.ramp, model.shape.mean_backprop_depth, cfg.steps * cfg.accum)
-    late = torch.tensor([1.0, 0.0])  # on parity: the loss of late, and the step at which it fell below SETTLED
+    late = torch.tensor([1.0, 0.0])  # on parity: the loss of late, and the step at which it fell below 0.54
     parts, T = {"model": model, "optimizer": optimizer, "late": late}, cfg.block + isinstance(data, Parity)
     for step in loop.steps(cfg, w, run, parts, cfg.steps, what, path, {"text": data.crc}):
         loss, end = 0.0, (step + 1) * cfg.accum
@@ -698,17 +673,21 @@ def train_model(
             part.backward()
             loss = loss + part.detach() / size
         if isinstance(data, Parity):
-            late[0].lerp_((loss if size == 1 else cluster.total(loss)).cpu(), 0.1)
-            late[1] = step if late[0] < SETTLED and not late[1] else late[1]
+            late[0].lerp_((loss if size == 1 else cluster.total(loss)).to(late), 0.1)
+            late[1] = step if late[0] < 0.54 and not late[1] else late[1]
+        first = int(late[1]) or cfg.steps // 2  # from here the rate falls to 2 %
+        fall = (0.5 if late[1] else 1) * (1 - 0.98 * max(0, step - first) / max(1, cfg.steps - first))
+        rise = min(1.0, (step + 1) / WARM[cfg.preset])
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * rate(cfg, step, int(late[1]))
+            group["lr"] = cfg.lr * rise * (1 if paper else fall)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0 if paper else 0.5)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
             with torch.no_grad():
-                moved = change(s, model.iterate(model.embed(ids), s)).mean() / size
-            found = {"loss": loss, "correlation": correlation(s.detach()) / size, "residual": moved}
+                at = model.place(T)
+                residual, correlation = alarms(s, model.iterate(model.embed(ids, at), s, at))
+            found = {"loss": loss, "residual": residual / size, "correlation": correlation / size}
             run.line = {name: x.item() if alone else x for name, x in found.items()}  # summed over the ranks
             run.line |= {"grad_norm": norm.item()} | dict(zip("nk", depth(micro), strict=True))
             if not math.isfinite(run.line["grad_norm"]):
@@ -716,48 +695,28 @@ def train_model(
     return model.eval()
 
 
-SETTLED = 0.54  # loss on parity at which the loop has begun to work
-
-
-def rate(cfg: Config, step: int, settled: int) -> float:
-    """Part of --lr: a linear rise over an eighth, then even; the second half falls to 2 %. atan stays at the peak."""
-    rise, first = min(1.0, (step + 1) / max(1, min(4096, cfg.steps // 8))), settled or cfg.steps // 2
-    fall = 1 - 0.98 * max(0, step - first) / max(1, cfg.steps - first)
-    return rise * (1 if cfg.optimizer == "atan" else fall * (0.5 if settled else 1))
-
-
 # %% demo: what depth does
 
 
 @torch.no_grad()
 def by_depth(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, depths, seed: int = 0) -> dict[str, dict]:
-    """Accuracy, loss, residual and correlation after r iterations from noise: name -> {r: number}, for r in depths."""
-    found, e = {"accuracy": {}, "loss": {}, "residual": {}, "correlation": {}}, model.embed(ids)
+    """Accuracy, loss and the alarms after r iterations from noise: name -> {r: number}, for r in depths."""
+    at, rows = model.place(ids.shape[1]), {}
+    e = model.embed(ids, at)
     s = before = initial_state(*ids.shape, model.shape, cluster.generator(seed, 5)).to(e)
     for r in range(max(depths) + 1):
         if r:
-            before, s = s, model.iterate(e, s)
+            before, s = s, model.iterate(e, s, at)
         if r in depths:
-            logits = model.decode(s).transpose(1, 2)  # (B, V, T)
-            found["accuracy"][r] = (logits.argmax(dim=1) == labels)[labels >= 0].float().mean().item()
-            found["loss"][r] = F.cross_entropy(logits, labels, ignore_index=-100).item()
-            found["residual"][r], found["correlation"][r] = change(before, s).mean().item(), correlation(s).item()
-    return found
-
-
-@torch.no_grad()
-def exits(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, steps: int = 32) -> tuple[float, float]:
-    """(mean iterations, accuracy) when each row alone stops where its predictions have settled, all positions of it."""
-    ran, right = [], []
-    for row, label in zip(ids.split(1), labels.split(1), strict=True):
-        logits, _, n = feed(model, Cache(model, row.shape[1], steps), row, steps, exit_kl=5e-4, max_entropy=0.1)
-        ran.append(n)
-        right.append((logits.argmax(-1) == label)[label >= 0].float().mean().item())
-    return sum(ran) / len(ran), sum(right) / len(right)
+            logits = model.decode(s, at).transpose(1, 2)  # (B, V, T)
+            right = (logits.argmax(dim=1) == labels)[labels >= 0].float().mean()
+            rows[r] = right, F.cross_entropy(logits, labels, ignore_index=-100), *alarms(before, s)
+    names = "accuracy", "loss", "residual", "correlation"
+    return {name: {r: row[i].item() for r, row in rows.items()} for i, name in enumerate(names)}
 
 
 DEPTHS, LENGTH, BASE = (1, 2, 4, 8, 12, 16, 32, 64), 32, 0.5  # BASE: share of --steps of each run of claim 2
-RUNS = {  # row of the tables -> its initial weights, its depth in training, the rank that trains it, modulo their number
+RUNS = {  # row of the tables -> initial weights, depth in training, the rank that trains it, modulo their number
     "drawn depth": ("random", "none", 0), "fixed depth": ("random", "fixed", 0), "r = 1": ("random", "once", 1),
     "made recurrent": ("base", "linear", 1), "itself continued": ("base", "once", 1),
     "made recurrent, no ramp": ("base", "none", 1), "random weights": ("random", "linear", 0),
@@ -765,33 +724,35 @@ RUNS = {  # row of the tables -> its initial weights, its depth in training, the
 FIRST, SECOND = list(RUNS)[:3], list(RUNS)[3:]  # the rows of either claim
 
 
-def layer_passes(cfg: Config, kind: str) -> int:
-    """Layers that a run goes through, backward counted twice: the compute at which runs are compared."""
-    depth = depth_of(cfg, kind, SHAPES["laptop"].mean_backprop_depth, cfg.steps)
-    return sum(3 + 2 * (n + 3 * k) for n, k in map(depth, range(cfg.steps)))  # layers (1, 2, 0)
-
-
 def trained(cfg: Config, w: cluster.World, run, name: str, base) -> tuple[RecurrentDepthLM, int]:
-    """(model, layer passes) of a row of RUNS. Runs at r = 1 take as many passes as the first row of their claim."""
+    """(model, layer passes, backward counted twice) of a row of RUNS. Runs at r = 1 get as many passes as the others."""
     weights, kind, _ = RUNS[name]
     c = cfg if name in FIRST else replace(cfg, steps=round(cfg.steps * BASE), seed=cfg.seed + 100)
+    same = RUNS[FIRST[0] if name in FIRST else SECOND[0]][1] if kind == "once" else kind
+    depths = map(depth_of(c, same, 6, c.steps), range(c.steps))
+    passes = sum(3 + 2 * (n + 3 * k) for n, k in depths)  # layers (1, 2, 0)
     if kind == "once":
-        whole = layer_passes(c, RUNS[FIRST[0] if name in FIRST else SECOND[0]][1])
-        c = replace(c, steps=round(whole / layer_passes(replace(c, steps=1), "once")))
+        c = replace(c, steps=round(passes / 9))
     model = copy.deepcopy(base()) if weights == "base" else start(c)[0]
     if weights == "base" and kind != "once":  # the half of the adapter that reads the state is new
-        half, bound = model.transformer.adapter.weight[:, : model.shape.n_embd], 1 / math.sqrt(2 * model.shape.n_embd)
+        bound, half = 1 / math.sqrt(2 * model.shape.n_embd), model.transformer.adapter.weight[:, : model.shape.n_embd]
         half.data.uniform_(-bound, bound, generator=cluster.generator(c.seed, 1))
-    return train_model(c, w, run, model, Parity(c.seed), name, "", kind, alone=True), layer_passes(c, kind)
+    return train_model(c, w, run, model, Parity(c.seed), name, "", kind, alone=True), passes
 
 
-def measure(model: RecurrentDepthLM, seed: int, more: bool) -> dict:
-    """by_depth on 128 fresh rows; with `more` also on rows twice as long, and exits of rows of four lengths."""
-    rows = lambda length, n=128: [x.to(model.freq.device) for x in Parity(seed).draw(n, length, 9, length)]
-    found = by_depth(model, *rows(LENGTH), DEPTHS, seed)
+def measure(model: RecurrentDepthLM, cfg: Config, more: bool) -> dict:
+    """by_depth on fresh rows. more: also on rows twice as long, and (iterations, accuracy) of rows that stop alone, at
+    most after 32 iterations, when all their predictions have settled."""
+    n, device = 32 if cfg.quick else 128, model.freq.device
+    (ids, labels), longer = (
+        [x.to(device) for x in Parity(cfg.seed).draw(n, length, 9, length)] for length in (LENGTH, 2 * LENGTH)
+    )
+    found = by_depth(model, ids, labels, DEPTHS, cfg.seed)
     if more:
-        found["longer"] = by_depth(model, *rows(2 * LENGTH), DEPTHS, seed)["accuracy"]
-        found["exits"] = {length: exits(model, *rows(length, 32)) for length in (8, 16, 24, 32)}
+        left = [feed(model, Cache(model, LENGTH + 1, 32), row, 32, None, 5e-4, 0.1) for row in ids[:32].split(1)]
+        right = torch.cat([logits.argmax(-1) for logits, _, _ in left]) == labels[:32]  # (32, 1 + LENGTH)
+        found["exits"] = sum(steps for *_, steps in left) / 32, right[:, 1:].float().mean().item()
+        found["longer"] = by_depth(model, *longer, DEPTHS, cfg.seed)["accuracy"]
     return found
 
 
@@ -816,32 +777,31 @@ def demo(cfg: Config, w: cluster.World) -> None:
     names, run, mine, every = list(RUNS), report.Run(cfg.out, cfg, w), {}, [None] * w.size
     if cfg.quick:
         names, cfg = ["drawn depth", "r = 1", "made recurrent"], replace(cfg, steps=cfg.steps // 5)
-    lines, owner = [], {name: RUNS[name][2] % w.size for name in names}
-    keep = SimpleNamespace(line={}, log=lambda **values: lines.append(values))  # for rank 0 to write
+    owner, silent = {name: RUNS[name][2] % w.size for name in names}, SimpleNamespace(line={}, log=lambda **_: None)
     once = replace(cfg, steps=round(cfg.steps * BASE))
-    base = functools.cache(lambda: train_model(once, w, keep, start(cfg)[0], Parity(cfg.seed, one_step=True),
+    base = functools.cache(lambda: train_model(once, w, silent, start(cfg)[0], Parity(cfg.seed, one_step=True),
                                                "base: one step", "", "once", alone=True))  # fmt: skip
     for name in (name for name in names if owner[name] == w.rank):
-        began, (model, passes) = time.process_time(), trained(cfg, w, keep, name, base)
+        began, (model, passes) = time.process_time(), trained(cfg, w, silent, name, base)
         spent = {"passes": passes, "CPU s": round(time.process_time() - began)}
-        mine[name] = measure(model, cfg.seed, name == FIRST[0]) | spent
-    dist.all_gather_object(every, (mine, lines))
-    found = {name: every[owner[name]][0][name] for name in names}
-    for line in (*(line for _, more in every for line in more), *({"measured": n, **f} for n, f in found.items())):
-        run.log(**line)
-    ours, head = found[FIRST[0]], ["", *(f"r = {r}" for r in DEPTHS), "layer passes", "CPU s"]
-    row = lambda name, what: [name, *found[name][what].values(), found[name]["passes"], found[name]["CPU s"]]
-    rows = [row(name, "accuracy") for name in FIRST if name in found]
+        mine[name] = measure(model, cfg, name == FIRST[0]) | spent
+    dist.all_gather_object(every, mine)
+    found = {name: every[owner[name]][name] for name in names}
+    for name in names:
+        run.log(measured=name, **found[name])
+    ours, head = found[FIRST[0]], ["r at test time", *map(str, DEPTHS), "layer passes", "CPU s"]
+    row = lambda name, what="accuracy": [*found[name][what].values(), found[name]["passes"], found[name]["CPU s"]]
+    rows = [[name, *row(name)] for name in names if name in FIRST]
     rows += [[f"drawn depth, {2 * LENGTH} bits", *ours["longer"].values(), "", ""]]
-    rows += [["loss: " + name, *row(name, "loss")[1:]] for name in FIRST if name in found]
-    w.print(f"\nclaim 1: accuracy on {LENGTH} bits by depth at test time\n" + report.table(head, rows))
-    rows = [row(name, "accuracy") for name in SECOND if name in found]
-    w.print("\nclaim 2: the same, after one step was learned\n" + report.table(head, rows))
-    rows = [[f"{n} bits", *values] for n, values in ours["exits"].items()]
-    w.print("\nrows stop by themselves\n" + report.table(["row", "iterations of 32", "accuracy"], rows))
+    rows += [["loss: " + name, *row(name, "loss")] for name in names if name in FIRST]
+    w.print(f"\nclaim 1: accuracy on {LENGTH} bits\n" + report.table(head, rows))
+    rows = [[name, *row(name)] for name in names if name in SECOND]
+    w.print("\nclaim 2: accuracy, after one step was learned\n" + report.table(head, rows))
+    steps, right = ours["exits"]
+    w.print(f"\nrows stop by themselves after {steps:.1f} iterations of 32 on average, accuracy {right:.3f}\n")
     if w.main:
         drawing = functools.partial(draw, found)
-        w.print("\n" + report.picture(f"{cfg.out}/recurrent_depth.png", drawing, ncols=2, figsize=(11, 4)))
+        w.print(report.picture(f"{cfg.out}/recurrent_depth.png", drawing, ncols=2, figsize=(11, 4)))
     if cfg.quick:
         return w.print("quick: no verdict")
     holds, here = judge(found)
@@ -871,7 +831,7 @@ def train(cfg: Config, w: cluster.World) -> None:
     (model, data, tokenizer), run = start(cfg), report.Run(cfg.out, cfg, w)
     w.print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     train_model(cfg, w, run, model, data, "train", f"{cfg.out}/checkpoint.pt")
-    show(cfg, w, model, data)
+    evaluate(cfg, w, model, data)
     if importlib.util.find_spec("safetensors") is None:
         return w.print('no model folder: safetensors is not installed (pip install -e ".[models]")')
     if w.main:
@@ -881,49 +841,40 @@ def train(cfg: Config, w: cluster.World) -> None:
     w.print(f"weights: {cfg.out}/model")
 
 
-def show(cfg: Config, w: cluster.World, model: RecurrentDepthLM, data) -> None:
-    """Loss, accuracy and the alarms of a model on held-out rows, by depth."""
+def opened(cfg: Config) -> tuple:
+    """(settings, model, data, tokenizer) of --model, or of the run in --out under the settings of its training."""
+    state = {}
+    if not cfg.model:
+        cfg, state = loop.opened(f"{cfg.out}/checkpoint.pt", cfg, "r", "prompt", "new", "exit_kl")
+    model, data, tokenizer = start(cfg)
+    model.load_state_dict(state.get("model", model.state_dict()))
+    return cfg, model.eval(), data, tokenizer
+
+
+def evaluate(cfg: Config, w: cluster.World, model=None, data=None) -> None:
+    """Loss, accuracy and the alarms by depth, on held-out rows of what the model was trained on."""
+    if model is None:
+        cfg, model, data, _ = opened(cfg)
     ids, labels = (x.to(w.device) for x in data.draw(32, cfg.block, 9, cfg.block))
     with torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-        found = by_depth(model, ids, labels, sorted({*cfg.r}), cfg.seed)
+        found = by_depth(model.to(w.device), ids, labels, sorted({*cfg.r}), cfg.seed)
     rows = [[name, *values.values()] for name, values in found.items()]
     w.print(report.table(["r", *map(str, found["loss"])], rows))
 
 
-def opened(cfg: Config, w: cluster.World) -> tuple:
-    """(settings, model, data, tokenizer) of --model, or of the run in --out under the settings of its training."""
-    path, state = f"{cfg.out}/checkpoint.pt", {}
-    if not cfg.model:
-        cfg, state = loop.opened(path, cfg, "r", "prompt", "new", "exit_kl", "draft", "budget")
-    model, data, tokenizer = start(cfg)
-    model.load_state_dict(state.get("model", model.state_dict()))
-    return cfg, model.to(w.device).eval(), data, tokenizer
-
-
-def evaluate(cfg: Config, w: cluster.World) -> None:
-    """A model by depth, on held-out rows of what it was trained on."""
-    cfg, model, data, _ = opened(cfg, w)
-    show(cfg, w, model, data)
-
-
 def write(cfg: Config, w: cluster.World) -> None:
     """Continue --prompt, with the iterations of each token."""
-    cfg, model, _, tokenizer = opened(cfg, w)
+    cfg, model, _, tokenizer = opened(cfg)
+    model = model.to(w.device)
     if model.shape.n_out:
         raise BadInput("this model knows parity, not text. Run train --preset bytes, or give --model smollm2.")
     ids = Tokenizer().encode(cfg.prompt).tolist() if tokenizer is None else tokenizer.encode(cfg.prompt).ids
     ids, began = torch.tensor([ids], device=w.device), time.perf_counter()
-    stop = tuple(tokenizer.token_to_id(word) for word in ENDS) if tokenizer else ()  # None where it has no such word
-    if cfg.draft:
-        said, ran = speculate(model, ids, cfg.new, cfg.r[-1], cfg.draft)[0, ids.shape[1] :].tolist(), ["drafted"]
-    else:
-        made = generate(model, ids, cfg.new, cfg.r[-1], cfg.exit_kl, stop, cfg.budget)
-        said, ran = zip(*report.progress(made, "generate", w, cfg.new), strict=True)
+    stop = tuple(tokenizer.get_added_tokens_decoder()) if tokenizer else ()  # its special tokens, such as <|im_end|>
+    made = generate(model, ids, cfg.new, cfg.r[-1], cfg.exit_kl, stop)
+    said, ran = zip(*report.progress(made, "generate", w, cfg.new), strict=True)
     speed = f"{len(said) / (time.perf_counter() - began):.1f} tokens/s with the prompt"
     w.print(f"{cfg.prompt} -> {(tokenizer or Tokenizer()).decode(said)}\n{speed}; iterations", *ran)
-
-
-ENDS = "<|endoftext|>", "<|im_end|>", "<|end_text|>", "<|end_turn|>", "<|begin_text|>", "</s>", "<|eot_id|>"
 
 
 @torch.no_grad()
@@ -932,7 +883,7 @@ def bench(cfg: Config, w: cluster.World) -> None:
     cuda, T, r = w.device.type == "cuda", 512, 32 if w.device.type == "cuda" else 8
     shape = SHAPES["huginn-3.5b"] if cuda else Shape(256, 8, 704, 1, 2, 1, 4, 3, 256, 1024, 1e-6, 1e3, True)
     with torch.device("meta"):
-        model = RecurrentDepthLM(shape).to(torch.bfloat16 if cuda else torch.float32).eval()
+        model = RecurrentDepthLM(shape).to(torch.bfloat16 if cuda else torch.float32)
     model = model.to_empty(device=w.device)
     model.freq = rope_frequencies(asdict(shape)).to(w.device)
     for p in model.parameters():
@@ -953,7 +904,7 @@ def bench(cfg: Config, w: cluster.World) -> None:
     read = size(model) + (r - 1) * (size(model.transformer.core_block) + size(model.transformer.adapter))
     rows = [[name, 1e3 * median, 1e3 * spread] for name, (median, spread) in seconds.items()]
     rows.append(["floor: weights read in every iteration", 1e3 * read / report.ceilings(w.device)[0], 0.0])
-    title = f"{report.device_name(w.device)}, {model.transformer.wte.weight.dtype}, C={shape.n_embd} T={T} r={r}, batch 1"
+    title = f"{report.device_name(w.device)}, {p.dtype}, C={shape.n_embd} T={T} r={r}, batch 1"
     w.print(title + "\n" + report.table(["next token", "ms", "+-"], rows))
     if w.main:
         report.write_json(f"{cfg.out}/bench.json", {"title": title, "rows": rows})
