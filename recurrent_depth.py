@@ -188,14 +188,13 @@ class Block(nn.Module):
 
     def __init__(self, c: Shape):
         super().__init__()
-        self.sandwich, self.attn = c.qk_bias, Attention(c)
-        fc, proj = (nn.Linear(*size, bias=False) for size in ((c.n_embd, 2 * c.intermediate_size),
-                                                              (c.intermediate_size, c.n_embd)))  # fmt: skip
-        self.mlp = nn.ModuleDict({"fc": fc, "proj": proj})  # the rows of fc are the gate, then what is gated
+        (C, ff), self.sandwich, self.attn = (c.n_embd, c.intermediate_size), c.qk_bias, Attention(c)
+        self.mlp = nn.ModuleDict({"fc": nn.Linear(C, 2 * ff, bias=False), "proj": nn.Linear(ff, C, bias=False)})
         for i in range(4 if c.qk_bias else 2):
-            self.add_module(f"norm_{i + 1}", nn.RMSNorm(c.n_embd, c.norm_eps))
+            self.add_module(f"norm_{i + 1}", nn.RMSNorm(C, c.norm_eps))
 
     def swiglu(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C); the rows of fc are the gate, then what is gated."""
         gate, up = self.mlp["fc"](x).chunk(2, dim=-1)
         return self.mlp["proj"](F.silu(gate) * up)
 
@@ -260,8 +259,7 @@ class RecurrentDepthLM(nn.Module):
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def forward(self, ids: Tensor, n: int, k: int, s0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """think() with this model's parts: ids (B, T) -> logits (B, T, V), s_r (B, T, C). BadInput: ids do not fit."""
-        self.check(ids)
+        """think() with this model's parts: ids (B, T) -> logits (B, T, V), s_r (B, T, C)."""
         at, s0 = self.place(ids.shape[1]), initial_state(*ids.shape, self.shape) if s0 is None else s0
         core = functools.partial(checkpoint, self.iterate, use_reentrant=False) if self.checkpointing else self.iterate
         prelude, coda = functools.partial(self.embed, at=at), functools.partial(self.decode, at=at)
@@ -274,13 +272,6 @@ class RecurrentDepthLM(nn.Module):
         angle = torch.outer(torch.arange(past, past + T, device=device).float(), self.freq)[:, None]  # (T, 1, D/2)
         mask = torch.ones(T, past + T, dtype=torch.bool, device=device).tril(past) if past and T > 1 else None
         return SimpleNamespace(cos=angle.cos().to(dtype), sin=angle.sin().to(dtype), mask=mask, cache=cache)
-
-    def check(self, ids: Tensor) -> None:
-        """BadInput: ids are not (B, T) integers of the vocabulary, or too many. Never waits for a GPU."""
-        room, V = self.shape.block_size, self.shape.vocab_size
-        fits = ids.dtype == torch.int64 and ids.ndim == 2 and 0 < ids.shape[1] <= room
-        if not fits or (not ids.is_cuda and (ids.min() < 0 or ids.max() >= V)):
-            raise BadInput(f"ids {ids.dtype} {tuple(ids.shape)} must be int64 (B, T), T <= {room}, from 0 to {V - 1}")
 
 
 # %% what makes it fast: one cache for all iterations
@@ -326,7 +317,6 @@ def feed(
 
     exit_kl: stop once KL(p_{i-1} || p_i) is below it at all T positions, in nats. max_entropy: and the last prediction
     is as sure as that, since a position that no information has reached sits still as well. s: s_0, by default 0."""
-    model.check(ids)
     at = model.place(ids.shape[1], cache)
     e = model.embed(ids, at)
     s, before = torch.zeros_like(e) if s is None else s.to(e), None
@@ -337,8 +327,8 @@ def feed(
             before = torch.zeros_like(log_p).log_softmax(-1) if before is None else before  # p_0 is uniform
             kl = (before.exp() * (before - log_p)).sum(-1)  # (1, T)
             entropy = -(log_p[:, -1].exp() * log_p[:, -1]).sum()
-            settled, before = kl.max() < exit_kl and entropy < max_entropy, log_p
-            if settled:
+            before = log_p
+            if kl.max() < exit_kl and entropy < max_entropy:
                 break
     logits = model.decode(s, at)
     cache.seal(i + 1, ids.shape[1])
@@ -571,10 +561,12 @@ class Parity:
 class Text:
     """Text as rows of ids, of bytes unless there is a tokenizer; the last 5 % are held out, key (9, ...)."""
 
-    def __init__(self, cfg: Config, tokenizer=None):
+    def __init__(self, cfg: Config, vocab: int, tokenizer=None):
         text, self.seed = corpus(cfg.data), cfg.seed
         if isinstance(text, str):
             text = Tokenizer().encode(text).numpy() if tokenizer is None else np.array(tokenizer.encode(text).ids)
+        if text.max() >= vocab:
+            raise BadInput(f"the text holds token id {text.max()}, the model has 0 to {vocab - 1}")
         self.train, self.held = np.split(text, [int(0.95 * len(text))])
         self.crc = zlib.crc32(np.ascontiguousarray(text[: 2**16]))
         if len(self.held) <= cfg.block:
@@ -602,7 +594,7 @@ def start(cfg: Config) -> tuple[RecurrentDepthLM, object, object]:
         model = RecurrentDepthLM(SHAPES[cfg.preset], cfg.seed)
         if cfg.preset == "laptop":
             look_back(model)
-    data = Parity(cfg.seed) if model.shape.n_out else Text(cfg, tokenizer)
+    data = Parity(cfg.seed) if model.shape.n_out else Text(cfg, model.shape.vocab_size, tokenizer)
     return model, data, tokenizer
 
 
@@ -677,20 +669,18 @@ def train_model(
             late[1] = step if late[0] < 0.54 and not late[1] else late[1]
         first = int(late[1]) or cfg.steps // 2  # from here the rate falls to 2 %
         fall = (0.5 if late[1] else 1) * (1 - 0.98 * max(0, step - first) / max(1, cfg.steps - first))
-        rise = min(1.0, (step + 1) / WARM[cfg.preset])
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * rise * (1 if paper else fall)
+            group["lr"] = cfg.lr * min(1.0, (step + 1) / WARM[cfg.preset]) * (1 if paper else fall)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0 if paper else 0.5)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:
             with torch.no_grad():
                 at = model.place(T)
-                residual, correlation = alarms(s, model.iterate(model.embed(ids, at), s, at))
-            found = {"loss": loss, "residual": residual / size, "correlation": correlation / size}
-            run.line = {name: x.item() if alone else x for name, x in found.items()}  # summed over the ranks
-            run.line |= {"grad_norm": norm.item()} | dict(zip("nk", depth(micro), strict=True))
-            if not math.isfinite(run.line["grad_norm"]):
+                found = loss, *(x / size for x in alarms(s, model.iterate(model.embed(ids, at), s, at)))
+            found = [x.item() if alone else x for x in found]  # tensors are summed over the ranks
+            run.line = dict(zip(("loss", "residual", "correlation", "n", "k"), (*found, *depth(micro)), strict=True))
+            if not norm.isfinite():
                 raise BadInput(f"the gradient is not finite at step {step + 1}. Lower --lr, or go back with --resume.")
     return model.eval()
 
@@ -743,15 +733,14 @@ def trained(cfg: Config, w: cluster.World, run, name: str, base) -> tuple[Recurr
 def measure(model: RecurrentDepthLM, cfg: Config, more: bool) -> dict:
     """by_depth on fresh rows. more: also on rows twice as long, and (iterations, accuracy) of rows that stop alone, at
     most after 32 iterations, when all their predictions have settled."""
-    n, device = 32 if cfg.quick else 128, model.freq.device
-    (ids, labels), longer = (
-        [x.to(device) for x in Parity(cfg.seed).draw(n, length, 9, length)] for length in (LENGTH, 2 * LENGTH)
-    )
+    n, data = 32 if cfg.quick else 128, Parity(cfg.seed)
+    ids, labels = (x.to(model.freq.device) for x in data.draw(n, LENGTH, 9, LENGTH))
     found = by_depth(model, ids, labels, DEPTHS, cfg.seed)
     if more:
         left = [feed(model, Cache(model, LENGTH + 1, 32), row, 32, None, 5e-4, 0.1) for row in ids[:32].split(1)]
         right = torch.cat([logits.argmax(-1) for logits, _, _ in left]) == labels[:32]  # (32, 1 + LENGTH)
         found["exits"] = sum(steps for *_, steps in left) / 32, right[:, 1:].float().mean().item()
+        longer = (x.to(model.freq.device) for x in data.draw(n, 2 * LENGTH, 9, 2 * LENGTH))
         found["longer"] = by_depth(model, *longer, DEPTHS, cfg.seed)["accuracy"]
     return found
 
@@ -841,31 +830,30 @@ def train(cfg: Config, w: cluster.World) -> None:
     w.print(f"weights: {cfg.out}/model")
 
 
-def opened(cfg: Config) -> tuple:
+def opened(cfg: Config, w: cluster.World) -> tuple:
     """(settings, model, data, tokenizer) of --model, or of the run in --out under the settings of its training."""
     state = {}
     if not cfg.model:
         cfg, state = loop.opened(f"{cfg.out}/checkpoint.pt", cfg, "r", "prompt", "new", "exit_kl")
     model, data, tokenizer = start(cfg)
     model.load_state_dict(state.get("model", model.state_dict()))
-    return cfg, model.eval(), data, tokenizer
+    return cfg, model.to(w.device).eval(), data, tokenizer
 
 
 def evaluate(cfg: Config, w: cluster.World, model=None, data=None) -> None:
     """Loss, accuracy and the alarms by depth, on held-out rows of what the model was trained on."""
     if model is None:
-        cfg, model, data, _ = opened(cfg)
+        cfg, model, data, _ = opened(cfg, w)
     ids, labels = (x.to(w.device) for x in data.draw(32, cfg.block, 9, cfg.block))
     with torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
-        found = by_depth(model.to(w.device), ids, labels, sorted({*cfg.r}), cfg.seed)
+        found = by_depth(model, ids, labels, sorted({*cfg.r}), cfg.seed)
     rows = [[name, *values.values()] for name, values in found.items()]
     w.print(report.table(["r", *map(str, found["loss"])], rows))
 
 
 def write(cfg: Config, w: cluster.World) -> None:
     """Continue --prompt, with the iterations of each token."""
-    cfg, model, _, tokenizer = opened(cfg)
-    model = model.to(w.device)
+    cfg, model, _, tokenizer = opened(cfg, w)
     if model.shape.n_out:
         raise BadInput("this model knows parity, not text. Run train --preset bytes, or give --model smollm2.")
     ids = Tokenizer().encode(cfg.prompt).tolist() if tokenizer is None else tokenizer.encode(cfg.prompt).ids
@@ -902,8 +890,8 @@ def bench(cfg: Config, w: cluster.World) -> None:
     seconds = report.timed(cases, w.device, repeats=11)
     size = lambda part: sum(p.nbytes for p in part.parameters())
     read = size(model) + (r - 1) * (size(model.transformer.core_block) + size(model.transformer.adapter))
-    rows = [[name, 1e3 * median, 1e3 * spread] for name, (median, spread) in seconds.items()]
-    rows.append(["floor: weights read in every iteration", 1e3 * read / report.ceilings(w.device)[0], 0.0])
+    floor = "floor: weights read in every iteration", (read / report.ceilings(w.device)[0], 0.0)
+    rows = [[name, 1e3 * median, 1e3 * spread] for name, (median, spread) in (*seconds.items(), floor)]
     title = f"{report.device_name(w.device)}, {p.dtype}, C={shape.n_embd} T={T} r={r}, batch 1"
     w.print(title + "\n" + report.table(["next token", "ms", "+-"], rows))
     if w.main:
