@@ -10,14 +10,13 @@ Here     Two claims on running parity. (1) One set of weights gets more right wi
 Differs  - 0.2 M parameters, layers (1, 2, 0), parity in two classes; the papers have 1 to 3.5 B and text.
          - On parity, heads begin by looking at the token before, and the rate falls once the loss is below 0.54.
          - AdamW; --optimizer atan is the first paper's. The second's Muon is left out. 1-D weights do not decay.
-         - Claim 2 keeps the half of the adapter that reads the tokens; retrofit() draws all of it, as the paper does.
+         - Claim 2's base is a model of the same shape that was trained at one iteration, not a plain transformer.
 
     python recurrent_depth.py                                            # laptop: both claims, tables, picture
     python recurrent_depth.py --quick                                    # three short runs, no verdict
     torchrun --nproc-per-node 2 recurrent_depth.py --device cpu          # what the first line starts
     python recurrent_depth.py train --preset bytes                       # a byte-level model of Python's sources
-    python recurrent_depth.py eval --r 1 2 4 8                           # that model by depth
-    python recurrent_depth.py generate --prompt "def f(" --exit-kl 5e-4  # what it writes, iterations per token
+    python recurrent_depth.py eval --r 1 2 4 8 --prompt "def f("         # that model by depth, and what it writes
     python recurrent_depth.py train --preset heal --out healed           # smollm2 made recurrent, trained on text
     python recurrent_depth.py bench                                      # the cache; on a GPU at the paper's sizes
     torchrun --nproc-per-node 8 recurrent_depth.py train --preset huginn-3.5b --data corpus.npy  # never run
@@ -31,7 +30,6 @@ import functools
 import importlib.util
 import math
 import os
-import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -136,10 +134,10 @@ class Shape:
         """From a config.json of either paper's release. BadInput: damaged, or of another architecture."""
         given = {"injection_type": "linear", "block_class_name": "SandwichBlock", **read_json(path)}
         kind, names = (given["injection_type"], given["block_class_name"]), [f.name for f in fields(cls)]
-        given = {"num_attention_heads": given.get("n_heads"), "rope_theta": given.get("rope_base"),
-                 "qk_bias": kind[1] == "SandwichBlock", **given}  # fmt: skip
+        other = {"num_attention_heads": given.get("n_heads"), "rope_theta": given.get("rope_base")}
+        given = {**other, "qk_bias": kind[1] == "SandwichBlock", **given}
         lost = [name for name in names[:13] if given.get(name) is None]
-        if lost or kind not in (("linear", "SandwichBlock"), ("linear", "LlamaBlock")):
+        if lost or kind[0] != "linear" or kind[1] not in ("SandwichBlock", "LlamaBlock"):
             raise BadInput(f"{path}: {kind}, without {lost}, is none of these papers' models.")
         return cls(**{name: given[name] for name in names if name in given})
 
@@ -194,7 +192,6 @@ class Block(nn.Module):
             self.add_module(f"norm_{i + 1}", nn.RMSNorm(C, c.norm_eps))
 
     def swiglu(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C); the rows of fc are the gate, then what is gated."""
         gate, up = self.mlp["fc"](x).chunk(2, dim=-1)
         return self.mlp["proj"](F.silu(gate) * up)
 
@@ -256,7 +253,7 @@ class RecurrentDepthLM(nn.Module):
             x = block(x, at, self.shape.n_layers_in_prelude + j)
         head = self.transformer.wte if self.shape.tie_embeddings else self.lm_head
         logits = F.linear(self.transformer.ln_f(x), head.weight)
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def forward(self, ids: Tensor, n: int, k: int, s0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """think() with this model's parts: ids (B, T) -> logits (B, T, V), s_r (B, T, C)."""
@@ -274,14 +271,13 @@ class RecurrentDepthLM(nn.Module):
         return SimpleNamespace(cos=angle.cos().to(dtype), sin=angle.sin().to(dtype), mask=mask, cache=cache)
 
 
-# %% what makes it fast: one cache for all iterations
+# %% at inference: one cache for all iterations, exits, warm starts, drafts
 
 
 class Cache:
-    """Keys and values of every (layer, iteration) of one row: (2, slots, 1, Hk, room, D), made once.
-
-    Slots: prelude, coda, then the core of iteration 0, 1, ... With a budget b, iteration i uses entry i mod b, so that
-    later tokens see the last b iterations of earlier ones. A token that stopped early lends its deepest entry."""
+    """Keys and values of every (layer, iteration) of one row, made once: prelude, coda, then the core's iterations. With a
+    budget b, iteration i uses entry i mod b, so later tokens see the last b of earlier ones. A token that stopped early
+    lends its deepest entry. kv is (2, slots, 1, Hk, room, D)."""
 
     def __init__(self, model: RecurrentDepthLM, room: int, steps: int, budget: int = 0):
         c = model.shape
@@ -305,14 +301,16 @@ class Cache:
         self.length += T
 
 
-# %% what depth buys at inference: exits, warm starts, drafts
-
-
 @torch.no_grad()
 def feed(
-    model: RecurrentDepthLM, cache: Cache, ids: Tensor, steps: int, s: Tensor | None = None, exit_kl: float = 0.0,
-    max_entropy: float = math.inf,
-) -> tuple[Tensor, Tensor, int]:  # fmt: skip
+    model: RecurrentDepthLM,
+    cache: Cache,
+    ids: Tensor,
+    steps: int,
+    s: Tensor | None = None,
+    exit_kl=0.0,
+    max_entropy=math.inf,
+) -> tuple[Tensor, Tensor, int]:
     """Run ids (1, T) behind the cached tokens -> logits (1, T, V), state (1, T, C), iterations, at most `steps`.
 
     exit_kl: stop once KL(p_{i-1} || p_i) is below it at all T positions, in nats. max_entropy: and the last prediction
@@ -397,19 +395,16 @@ def load_weights(path: str | Path) -> RecurrentDepthLM:
 
 
 def save_weights(model: RecurrentDepthLM, path: str | Path) -> None:
-    """Write config.json and model.safetensors under the released names. BadInput: a model in several files is there."""
+    """Write config.json and model.safetensors under the released names; an index of another model's files goes."""
     folder = Path(path)
-    if (folder / "model.safetensors.index.json").exists():
-        raise BadInput(f"{folder} holds another model in several files, which would be read first. Pass another --out.")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: p.detach().contiguous().cpu() for n, p in model.state_dict().items()}
     package("safetensors.torch").save_file(tensors, folder / "model.tmp", metadata={"format": "pt"})
     os.replace(folder / "model.tmp", folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     report.write_json(folder / "config.json", {"model_type": "huginn_raven", **asdict(model.shape)})
 
 
-SIZES = ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings",
-         "rms_norm_eps")  # fmt: skip
 LLAMA = {  # our names -> Hugging Face's
     "norm_1": ["input_layernorm"], "norm_2": ["post_attention_layernorm"], "attn.proj": ["self_attn.o_proj"],
     "attn.Wqkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
@@ -429,7 +424,9 @@ def retrofit(state_dict: dict[str, Tensor], config: dict, split=(4, 8, 4), seed:
     rope |= config.get("rope_parameters") or {}  # where transformers 5 keeps it
     if (base := rope.pop("rope_theta")) is None:
         raise BadInput("the config has no rope_theta, neither on top nor in rope_parameters")
-    C, heads, ff, V, block, eps = (config[name] for name in SIZES)
+    C, heads, ff, V, block, eps = (config[name] for name in (
+        "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings",
+        "rms_norm_eps"))  # fmt: skip
     shape = Shape(C, heads, ff, p, R, c, 4, 8, V, block, eps, base, False, config.get("num_key_value_heads"),
                   config.get("head_dim"), qk_bias=False, rope_scaling=rope)  # fmt: skip
     kept = [*range(p), *range(n - c - R, n)]
@@ -438,9 +435,11 @@ def retrofit(state_dict: dict[str, Tensor], config: dict, split=(4, 8, 4), seed:
         f"{place}.{ours}": [f"model.layers.{i}.{old}" for old in parts]
         for place, i in zip(places, kept, strict=True) for ours, parts in LLAMA.items()
     }  # fmt: skip
-    used = {f"{name}.weight" for parts in sources.values() for name in parts}
-    mine = tuple(f"model.layers.{i}." for i in kept)
-    strange = {x for x in state_dict if x.startswith(mine) and not x.endswith("inv_freq")} - used
+    used, mine = (
+        {f"{name}.weight" for parts in sources.values() for name in parts},
+        [f"model.layers.{i}." for i in kept],
+    )
+    strange = {x for x in state_dict if x.startswith((*mine,)) and not x.endswith("inv_freq")} - used
     if wrong := sorted((used - set(state_dict)) | strange):
         raise BadInput(f"no plain Llama: {', '.join(wrong)} missing or without a place here")
     new = {f"transformer.{ours}.weight": torch.cat([state_dict[f"{name}.weight"] for name in parts])  # along rows
@@ -482,12 +481,12 @@ class AtanAdam(torch.optim.Optimizer):
 
 # %% settings
 
-LEARNS, SPEAKS, LOOKS = ("demo", "train"), ("generate",), ("train", "eval", "generate")
+LEARNS, LOOKS = ("demo", "train"), ("train", "eval")
 
 
 @dataclass
 class Config:
-    mode: str = opt("demo", "what to do", ("demo", "train", "eval", "generate", "bench"), positional=True)
+    mode: str = opt("demo", "what to do", ("demo", "train", "eval", "bench"), positional=True)
     preset: str = opt("laptop", "what to train", ("laptop", "bytes", "heal", "huginn-3.5b"), modes=("train",))
     quick: bool = opt(False, "three short runs, no verdict", modes=("demo",))
     model: str = opt("", "a recurrent model's folder; smollm2 or a Llama's folder, made recurrent", modes=LOOKS)
@@ -502,24 +501,22 @@ class Config:
     accum: int = opt(1, "micro-steps per step, each with its own depth", modes=("train",))
     optimizer: str = opt("adamw", "update rule; atan is the first paper's", ("adamw", "atan"), modes=("train",))
     lr: float = opt(1.5e-3, "peak learning rate", modes=LEARNS)
-    r: tuple = opt((1, 2, 4, 8, 16, 32), "depths to measure; generate: the last one", modes=("eval", "generate"))
-    prompt: str = opt("The capital of France is", "text to continue", modes=SPEAKS)
-    new: int = opt(40, "tokens to write", modes=SPEAKS)
-    exit_kl: float = opt(0.0, "stop a token's iterations where its prediction changes less, in nats", modes=SPEAKS)
+    r: tuple = opt((1, 2, 4, 8, 16, 32), "depths to measure", modes=("eval",))
+    prompt: str = opt("", "text to continue", modes=("eval",))
     seed: int = opt(0, "of data, weights and initial states", modes=(*LEARNS, "eval", "bench"))
     device: str = opt("auto", "where to run", ("auto", "cpu", "cuda"))
     dtype: str = opt("float32", "of the matrix products", ("float32", "bfloat16"), modes=("train", "eval"))
-    out: str = opt("results/recurrent_depth", "folder of what the run writes, of the run to resume, eval or generate")
+    out: str = opt("results/recurrent_depth", "folder of what the run writes, of the run to resume or to look at")
     resume: bool = opt(False, "go on from the checkpoint in --out, if there is one", modes=("train",))
     save_every: int = opt(100, "steps between checkpoints; 0 writes only the last", modes=("train",))
     log_every: int = opt(20, "steps between lines in metrics.jsonl", modes=LEARNS)
 
     def __post_init__(self):
-        sizes = self.block, self.r_bar, self.steps, self.batch, self.accum, self.log_every, self.new
+        sizes = self.block, self.r_bar, self.steps, self.batch, self.accum, self.log_every
         own = self.data != ("docs",) or self.model or self.tokenizer
         for wrong, message in (
-            (min(*sizes, *(n + 1 for n in (*self.r, self.save_every, self.exit_kl))) < 1,
-             "sizes, --steps, --new and --log-every are at least 1, --r, --save-every, --exit-kl 0"),
+            (min(*sizes, *(n + 1 for n in (*self.r, self.save_every))) < 1,
+             "sizes, --steps and --log-every are at least 1, --r and --save-every at least 0"),
             (not 0 < self.lr < math.inf, f"--lr {self.lr}: give a number above 0"),
             (len(self.split) != 3, f"--split takes three numbers, got {self.split}"),
             (self.mode == "train" and self.preset == "laptop" and own,
@@ -533,19 +530,15 @@ PRESETS = {
     "laptop": {},
     "bytes": {"data": ("sources",), "block": 128, "r_bar": 4, "steps": 240, "batch": 16, "lr": 2e-3},
     "heal": {"model": "smollm2", "block": 128, "r_bar": 4, "ramp": "linear", "steps": 20, "batch": 4, "lr": 3e-4,
-             "log_every": 1, "r": (1, 2, 4, 8)},
+             "log_every": 1},
     "huginn-3.5b": {"block": 4096, "r_bar": 32, "steps": 47000, "batch": 4096, "accum": 512, "optimizer": "atan",
                     "lr": 4e-5, "dtype": "bfloat16", "r": (1, 4, 8, 16, 32, 64)},
 }  # fmt: skip
 
 
-# %% data
-
-
 class Parity:
-    """Running parity: after a start token 2 come random bits, and each label is the parity of all bits up to it.
-
-    one_step: the label is the xor of a bit and the one before it, the step that a chain repeats."""
+    """After a start token 2 come random bits; each label is the parity of all bits up to it, or, with one_step, the xor of
+    its bit and the one before: the step of which the chain is made."""
 
     def __init__(self, seed: int, one_step: bool = False):
         self.seed, self.one_step, self.crc = seed, one_step, 0
@@ -599,28 +592,25 @@ def start(cfg: Config) -> tuple[RecurrentDepthLM, object, object]:
 
 
 @torch.no_grad()
-def look_back(model: RecurrentDepthLM, strength: float = 1.0) -> None:
-    """Start each head with a preference for the token before: strength^2 / sqrt(D) sum_j cos((t - 1 - s) theta_j).
+def look_back(model: RecurrentDepthLM) -> None:
+    """Start each head with a preference for the token before, sum_j cos((t - 1 - s) theta_j) / sqrt(D).
 
     The paper starts qk_bias at 0. Then most seeds learn the parity of short rows by counting and ignore the loop."""
     for name, p in model.named_parameters():
         if name.endswith("qk_bias"):  # (2, 1, H, D): queries and keys; pairs (x0, x1), (x2, x3)...
-            p[1, ..., 0::2] = strength
-            p[0, ..., 0::2], p[0, ..., 1::2] = strength * model.freq.cos(), -strength * model.freq.sin()
+            p[1, ..., 0::2] = 1.0
+            p[0, ..., 0::2], p[0, ..., 1::2] = model.freq.cos(), -model.freq.sin()
 
 
 # %% training
 
 
-def depth_of(cfg: Config, kind: str, k: int, total: int):
-    """The depth of a training run, a function micro-step -> (n, k): drawn, with or without a ramp; fixed; or once."""
-
-    def draw(micro: int) -> tuple[int, int]:
-        mean = ramped_mean(micro, total, cfg.r_bar, kind)
-        return sample_depth(micro + 1, mean, min(k, max(mean, k if kind == "none" else 1)))
-
-    fixed = {"once": (0, 1), "fixed": (max(0, cfg.r_bar + 1 - k), min(k, cfg.r_bar + 1))}
-    return (lambda micro: fixed[kind]) if kind in fixed else draw
+def depth_of(cfg: Config, kind: str, k: int, total: int, micro: int) -> tuple[int, int]:
+    """(n, k) of a micro-step: drawn around a mean that a ramp may raise (none, linear, 1-sqrt), fixed, or once."""
+    if kind in ("once", "fixed"):
+        return (0, 1) if kind == "once" else (max(0, cfg.r_bar + 1 - k), min(k, cfg.r_bar + 1))
+    mean = ramped_mean(micro, total, cfg.r_bar, kind)
+    return sample_depth(micro + 1, mean, k if kind == "none" else min(k, mean))
 
 
 def alarms(before: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
@@ -646,10 +636,11 @@ def train_model(
     model, paper = model.to(w.device).train(), cfg.optimizer == "atan"
     model.checkpointing = paper
     ddp = nn.parallel.DistributedDataParallel(model) if size > 1 else model
-    matrices, rest = ([p for p in model.parameters() if (p.ndim > 1) == big] for big in (True, False))
-    groups = [{"params": matrices, "weight_decay": 4e-5 if paper else 0.0}, {"params": rest, "weight_decay": 0.0}]
+    decay = {True: 4e-5 if paper else 0.0, False: 0.0}  # of matrices, and of the rest
+    groups = [{"params": [p for p in model.parameters() if (p.ndim > 1) == x], "weight_decay": decay[x]} for x in decay]
     optimizer = (AtanAdam if paper else torch.optim.AdamW)(groups, lr=cfg.lr, betas=(0.9, 0.95))
-    depth = depth_of(cfg, kind or cfg.ramp, model.shape.mean_backprop_depth, cfg.steps * cfg.accum)
+    k, total = model.shape.mean_backprop_depth, cfg.steps * cfg.accum
+    depth = functools.partial(depth_of, cfg, kind or cfg.ramp, k, total)
     late = torch.tensor([1.0, 0.0])  # on parity: the loss of late, and the step at which it fell below 0.54
     parts, T = {"model": model, "optimizer": optimizer, "late": late}, cfg.block + isinstance(data, Parity)
     for step in loop.steps(cfg, w, run, parts, cfg.steps, what, path, {"text": data.crc}):
@@ -700,12 +691,12 @@ def by_depth(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, depths, seed:
         if r in depths:
             logits = model.decode(s, at).transpose(1, 2)  # (B, V, T)
             right = (logits.argmax(dim=1) == labels)[labels >= 0].float().mean()
-            rows[r] = right, F.cross_entropy(logits, labels, ignore_index=-100), *alarms(before, s)
-    names = "accuracy", "loss", "residual", "correlation"
-    return {name: {r: row[i].item() for r, row in rows.items()} for i, name in enumerate(names)}
+            rows[r] = [right, F.cross_entropy(logits, labels, ignore_index=-100), *alarms(before, s)]
+    names = enumerate(("accuracy", "loss", "residual", "correlation"))
+    return {name: {r: row[i].item() for r, row in rows.items()} for i, name in names}
 
 
-DEPTHS, LENGTH, BASE = (1, 2, 4, 8, 12, 16, 32, 64), 32, 0.5  # BASE: share of --steps of each run of claim 2
+DEPTHS, LENGTH, BASE = (1, 2, 4, 8, 12, 16, 32, 64), 32, 0.375  # BASE: share of --steps of each run of claim 2
 RUNS = {  # row of the tables -> initial weights, depth in training, the rank that trains it, modulo their number
     "drawn depth": ("random", "none", 0), "fixed depth": ("random", "fixed", 0), "r = 1": ("random", "once", 1),
     "made recurrent": ("base", "linear", 1), "itself continued": ("base", "once", 1),
@@ -719,14 +710,12 @@ def trained(cfg: Config, w: cluster.World, run, name: str, base) -> tuple[Recurr
     weights, kind, _ = RUNS[name]
     c = cfg if name in FIRST else replace(cfg, steps=round(cfg.steps * BASE), seed=cfg.seed + 100)
     same = RUNS[FIRST[0] if name in FIRST else SECOND[0]][1] if kind == "once" else kind
-    depths = map(depth_of(c, same, 6, c.steps), range(c.steps))
-    passes = sum(3 + 2 * (n + 3 * k) for n, k in depths)  # layers (1, 2, 0)
-    if kind == "once":
-        c = replace(c, steps=round(passes / 9))
+    passes = sum(3 + 2 * (n + 3 * k) for n, k in (depth_of(c, same, 6, c.steps, i) for i in range(c.steps)))
+    c = replace(c, steps=round(passes / 9)) if kind == "once" else c  # 3 + 2 * 3 layers at r = 1
     model = copy.deepcopy(base()) if weights == "base" else start(c)[0]
-    if weights == "base" and kind != "once":  # the half of the adapter that reads the state is new
-        bound, half = 1 / math.sqrt(2 * model.shape.n_embd), model.transformer.adapter.weight[:, : model.shape.n_embd]
-        half.data.uniform_(-bound, bound, generator=cluster.generator(c.seed, 1))
+    if weights == "base" and kind != "once":  # the adapter is new, as in retrofit()
+        bound = 1 / math.sqrt(2 * model.shape.n_embd)
+        model.transformer.adapter.weight.data.uniform_(-bound, bound, generator=cluster.generator(c.seed, 1))
     return train_model(c, w, run, model, Parity(c.seed), name, "", kind, alone=True), passes
 
 
@@ -753,10 +742,10 @@ def judge(found: dict[str, dict]) -> tuple[bool, str]:
     first = ours[12] >= 0.98 and shallow and ours[12] >= max(once.values()) + 0.1 and far >= 0.9
     second = new[12] >= 0.98 and new[12] >= max(same[12] + 0.1, random[12] + 0.02, even[12] - 0.01)
     return first and second, (
-        f"(1) parity of {LENGTH} bits, right at r = 1 {ours[1]:.3f}, 4 {ours[4]:.3f}, 12 {ours[12]:.3f}, {2 * LENGTH} "
-        f"bits at 32 {far:.3f}; trained at r = 1 for equal passes {max(once.values()):.3f}; loss at r = 1, 2, 4 "
-        f"{'below' if shallow else 'NOT below'} fixed depth's. (2) made recurrent {new[12]:.3f}, itself continued for "
-        f"equal passes {same[12]:.3f}, random weights {random[12]:.3f}, no ramp {even[12]:.3f}"
+        f"(1) parity of {LENGTH} bits at r = 1 {ours[1]:.3f}, 4 {ours[4]:.3f}, 12 {ours[12]:.3f}, {2 * LENGTH} bits at 32 "
+        f"{far:.3f}; trained at r = 1 for equal passes {max(once.values()):.3f}; loss at r = 1, 2, 4 "
+        f"{'below' if shallow else 'NOT below'} fixed depth's; (2) made recurrent {new[12]:.3f}, itself continued "
+        f"{same[12]:.3f}, random weights {random[12]:.3f}, no ramp {even[12]:.3f}"
     )
 
 
@@ -771,23 +760,20 @@ def demo(cfg: Config, w: cluster.World) -> None:
     base = functools.cache(lambda: train_model(once, w, silent, start(cfg)[0], Parity(cfg.seed, one_step=True),
                                                "base: one step", "", "once", alone=True))  # fmt: skip
     for name in (name for name in names if owner[name] == w.rank):
-        began, (model, passes) = time.process_time(), trained(cfg, w, silent, name, base)
-        spent = {"passes": passes, "CPU s": round(time.process_time() - began)}
-        mine[name] = measure(model, cfg, name == FIRST[0]) | spent
+        model, passes = trained(cfg, w, silent, name, base)
+        mine[name] = measure(model, cfg, name == FIRST[0]) | {"passes": passes}
     dist.all_gather_object(every, mine)
     found = {name: every[owner[name]][name] for name in names}
     for name in names:
         run.log(measured=name, **found[name])
-    ours, head = found[FIRST[0]], ["r at test time", *map(str, DEPTHS), "layer passes", "CPU s"]
-    row = lambda name, what="accuracy": [*found[name][what].values(), found[name]["passes"], found[name]["CPU s"]]
-    rows = [[name, *row(name)] for name in names if name in FIRST]
-    rows += [[f"drawn depth, {2 * LENGTH} bits", *ours["longer"].values(), "", ""]]
-    rows += [["loss: " + name, *row(name, "loss")] for name in names if name in FIRST]
-    w.print(f"\nclaim 1: accuracy on {LENGTH} bits\n" + report.table(head, rows))
-    rows = [[name, *row(name)] for name in names if name in SECOND]
-    w.print("\nclaim 2: accuracy, after one step was learned\n" + report.table(head, rows))
-    steps, right = ours["exits"]
-    w.print(f"\nrows stop by themselves after {steps:.1f} iterations of 32 on average, accuracy {right:.3f}\n")
+    ours, head = found[FIRST[0]], ["r at test time", *map(str, DEPTHS), "layer passes"]
+    row = lambda name, what="accuracy": [*found[name][what].values(), found[name]["passes"]]
+    first, second = ([[name, *row(name)] for name in names if name in part] for part in (FIRST, SECOND))
+    first += [[f"drawn depth, {2 * LENGTH} bits", *ours["longer"].values(), ""]]
+    first += [["loss: " + name, *row(name, "loss")] for name in names if name in FIRST]
+    w.print(f"\nclaim 1: accuracy on {LENGTH} bits\n" + report.table(head, first))
+    w.print("\nclaim 2: accuracy, after one step was learned\n" + report.table(head, second))
+    w.print("\nrows stop by themselves after {:.1f} of 32 iterations, accuracy {:.3f}\n".format(*ours["exits"]))
     if w.main:
         drawing = functools.partial(draw, found)
         w.print(report.picture(f"{cfg.out}/recurrent_depth.png", drawing, ncols=2, figsize=(11, 4)))
@@ -816,83 +802,61 @@ def draw(found: dict[str, dict], figure, axes) -> None:
 
 
 def train(cfg: Config, w: cluster.World) -> None:
-    """One run with checkpoints, from random or real weights; ends with the loss by depth, and the weights in --out."""
+    """One run with checkpoints, from random or real weights. Its weights go to OUT/model if safetensors is installed."""
     (model, data, tokenizer), run = start(cfg), report.Run(cfg.out, cfg, w)
-    w.print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     train_model(cfg, w, run, model, data, "train", f"{cfg.out}/checkpoint.pt")
     evaluate(cfg, w, model, data)
-    if importlib.util.find_spec("safetensors") is None:
-        return w.print('no model folder: safetensors is not installed (pip install -e ".[models]")')
-    if w.main:
+    if w.main and importlib.util.find_spec("safetensors"):
         save_weights(model, f"{cfg.out}/model")
         if tokenizer is not None:
             tokenizer.save(f"{cfg.out}/model/tokenizer.json")
-    w.print(f"weights: {cfg.out}/model")
 
 
-def opened(cfg: Config, w: cluster.World) -> tuple:
-    """(settings, model, data, tokenizer) of --model, or of the run in --out under the settings of its training."""
-    state = {}
-    if not cfg.model:
-        cfg, state = loop.opened(f"{cfg.out}/checkpoint.pt", cfg, "r", "prompt", "new", "exit_kl")
-    model, data, tokenizer = start(cfg)
-    model.load_state_dict(state.get("model", model.state_dict()))
-    return cfg, model.to(w.device).eval(), data, tokenizer
-
-
-def evaluate(cfg: Config, w: cluster.World, model=None, data=None) -> None:
-    """Loss, accuracy and the alarms by depth, on held-out rows of what the model was trained on."""
+def evaluate(cfg: Config, w: cluster.World, model=None, data=None, tokenizer=None) -> None:
+    """Loss, accuracy and the alarms by depth, on held-out rows, and what it writes after --prompt: the model that was
+    just trained, --model, or the run in --out under the settings of its training."""
     if model is None:
-        cfg, model, data, _ = opened(cfg, w)
+        cfg, state = (cfg, {}) if cfg.model else loop.opened(f"{cfg.out}/checkpoint.pt", cfg, "r", "prompt")
+        model, data, tokenizer = start(cfg)
+        model.load_state_dict(state.get("model", model.state_dict()))
+        model = model.to(w.device).eval()
     ids, labels = (x.to(w.device) for x in data.draw(32, cfg.block, 9, cfg.block))
     with torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
         found = by_depth(model, ids, labels, sorted({*cfg.r}), cfg.seed)
     rows = [[name, *values.values()] for name, values in found.items()]
     w.print(report.table(["r", *map(str, found["loss"])], rows))
-
-
-def write(cfg: Config, w: cluster.World) -> None:
-    """Continue --prompt, with the iterations of each token."""
-    cfg, model, _, tokenizer = opened(cfg, w)
-    if model.shape.n_out:
-        raise BadInput("this model knows parity, not text. Run train --preset bytes, or give --model smollm2.")
-    ids = Tokenizer().encode(cfg.prompt).tolist() if tokenizer is None else tokenizer.encode(cfg.prompt).ids
-    ids, began = torch.tensor([ids], device=w.device), time.perf_counter()
-    stop = tuple(tokenizer.get_added_tokens_decoder()) if tokenizer else ()  # its special tokens, such as <|im_end|>
-    made = generate(model, ids, cfg.new, cfg.r[-1], cfg.exit_kl, stop)
-    said, ran = zip(*report.progress(made, "generate", w, cfg.new), strict=True)
-    speed = f"{len(said) / (time.perf_counter() - began):.1f} tokens/s with the prompt"
-    w.print(f"{cfg.prompt} -> {(tokenizer or Tokenizer()).decode(said)}\n{speed}; iterations", *ran)
+    if cfg.prompt and not model.shape.n_out:
+        plain = tokenizer or Tokenizer()
+        ids = plain.encode(cfg.prompt).ids if tokenizer else plain.encode(cfg.prompt).tolist()
+        stop = tuple(tokenizer.get_added_tokens_decoder()) if tokenizer else ()  # special tokens, such as <|im_end|>
+        made = generate(model, torch.tensor([ids], device=w.device), 40, max(cfg.r), 5e-4, stop)
+        said, ran = zip(*report.progress(made, "generate", w, 40), strict=True)
+        w.print(f"{cfg.prompt} -> {plain.decode(said)}\niterations of each token:", *ran)
 
 
 @torch.no_grad()
 def bench(cfg: Config, w: cluster.World) -> None:
     """One token behind 511 others: cached, with smaller budgets, recomputed; on a GPU at Huginn's sizes and r = 32."""
-    cuda, T, r = w.device.type == "cuda", 512, 32 if w.device.type == "cuda" else 8
+    cuda, T, g, cases = w.device.type == "cuda", 512, cluster.generator(cfg.seed), {}
     shape = SHAPES["huginn-3.5b"] if cuda else Shape(256, 8, 704, 1, 2, 1, 4, 3, 256, 1024, 1e-6, 1e3, True)
-    with torch.device("meta"):
-        model = RecurrentDepthLM(shape).to(torch.bfloat16 if cuda else torch.float32)
-    model = model.to_empty(device=w.device)
-    model.freq = rope_frequencies(asdict(shape)).to(w.device)
-    for p in model.parameters():
-        p.normal_(std=0.02)
-    ids, cases = torch.randint(256, (1, T), generator=cluster.generator(cfg.seed)).to(w.device), {}
-
-    def again(cache: Cache) -> None:
-        cache.length = T - 1
-        feed(model, cache, ids[:, -1:], r)
-
+    model = RecurrentDepthLM(shape).to(w.device, torch.bfloat16 if cuda else torch.float32)
+    ids, r, dtype = (
+        torch.randint(256, (1, T), generator=g).to(w.device),
+        32 if cuda else 8,
+        next(model.parameters()).dtype,
+    )
     for budget in (r, 4, 1):
         cache = Cache(model, T, r, budget)
         feed(model, cache, ids[:, :-1], r)
-        cases[f"cache of {budget} iterations, {cache.kv.nbytes / 2**20:.1f} MiB"] = functools.partial(again, cache)
+        again = lambda cache=cache: (setattr(cache, "length", T - 1), feed(model, cache, ids[:, -1:], r))
+        cases[f"cache of {budget} iterations, {cache.kv.nbytes / 2**20:.1f} MiB"] = again
     cases["no cache, all recomputed"] = lambda: model(ids, r, 0, torch.zeros(1, T, shape.n_embd))
     seconds = report.timed(cases, w.device, repeats=11)
     size = lambda part: sum(p.nbytes for p in part.parameters())
     read = size(model) + (r - 1) * (size(model.transformer.core_block) + size(model.transformer.adapter))
-    floor = "floor: weights read in every iteration", (read / report.ceilings(w.device)[0], 0.0)
-    rows = [[name, 1e3 * median, 1e3 * spread] for name, (median, spread) in (*seconds.items(), floor)]
-    title = f"{report.device_name(w.device)}, {p.dtype}, C={shape.n_embd} T={T} r={r}, batch 1"
+    seconds["floor: weights read in every iteration"] = read / report.ceilings(w.device)[0], 0.0
+    rows = [[name, 1e3 * median, 1e3 * spread] for name, (median, spread) in seconds.items()]
+    title = f"{report.device_name(w.device)}, {dtype}, C={shape.n_embd} T={T} r={r}, batch 1"
     w.print(title + "\n" + report.table(["next token", "ms", "+-"], rows))
     if w.main:
         report.write_json(f"{cfg.out}/bench.json", {"title": title, "rows": rows})
@@ -901,7 +865,7 @@ def bench(cfg: Config, w: cluster.World) -> None:
 def main(cfg: Config) -> None:
     cluster.two_processes(cfg)
     with cluster.world(cfg.device) as w:
-        {"demo": demo, "train": train, "eval": evaluate, "generate": write, "bench": bench}[cfg.mode](cfg, w)
+        {"demo": demo, "train": train, "eval": evaluate, "bench": bench}[cfg.mode](cfg, w)
 
 
 if __name__ == "__main__":
