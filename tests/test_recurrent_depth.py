@@ -1,8 +1,8 @@
 """recurrent_depth.py: the release's vectors, cache, exits, generation, real weights, the claims, ranks, resume."""
 
+import functools
 import json
 import math
-import re
 import signal
 import time
 from dataclasses import replace
@@ -79,36 +79,15 @@ def test_truncated_gradients_equal_the_released_code(model, checkpointing):
     assert seen == sum(k.startswith("trunc_grad_norm") for k in V) > 0
 
 
-def test_think_runs_n_then_k():
-    """In words of one letter: the core is called n + k times, and only the last k calls see a gradient."""
-    calls = []
-
-    def core(e, s):
-        calls.append(torch.is_grad_enabled())
-        return 2 * s + e
-
-    e, s = torch.ones(1, requires_grad=True), torch.zeros(1)
-    logits, last = R.think(lambda ids: e * ids, core, lambda s: 10 * s, 1, s, 2, 3)
-    assert calls == [False, False, True, True, True] and last.item() == 31 and logits.item() == 310
-    last.backward()
-    assert e.grad.item() == 1 + 2 + 4  # the first two iterations are constants
-
-
 def test_sizes_and_initialisation():
     with torch.device("meta"):
         m = R.RecurrentDepthLM(R.SHAPES["huginn-3.5b"])
     assert sum(p.numel() for p in m.parameters()) == 3_564_976_800
-    shapes = {n: tuple(p.shape) for n, p in m.named_parameters()}
-    assert shapes["transformer.core_block.3.attn.qk_bias"] == (2, 1, 55, 96)
-    assert shapes["transformer.adapter.weight"] == (5280, 10560)
+    assert m.transformer.core_block[3].attn.qk_bias.shape == (2, 1, 55, 96)
     m = tiny(n_embd=256, num_attention_heads=4, head_dim=64, num_key_value_heads=4, intermediate_size=512)
-    std, L = math.sqrt(2 / (5 * 256)), 1 + 1 + 2 * 4
     for name, p in m.named_parameters():
-        if p.ndim == 2:
-            want = std / math.sqrt(2 * L) if name.endswith("proj.weight") else std
-            assert p.std().item() == pytest.approx(0.9866 * want, rel=0.03), name  # cut at 3 std
-        else:
-            assert (p == (0 if "bias" in name else 1)).all()
+        std = 0.9866 * math.sqrt(2 / (5 * 256)) / (math.sqrt(2 * 10) if name.endswith("proj.weight") else 1)
+        assert p.std().item() == pytest.approx(std, rel=0.03) if p.ndim == 2 else (p == ("bias" not in name)).all()
     s = R.initial_state(4, 64, m.shape, cluster.generator(0))
     assert s.std().item() == pytest.approx(0.9866 * math.sqrt(0.4), rel=0.02) and s.abs().max() <= 3 * math.sqrt(0.4)
 
@@ -123,12 +102,10 @@ def test_depth_and_ramp():
     assert all(1 <= R.sample_depth(i, 1, 100)[1] for i in range(50))  # k is at most the draw, never 0
     assert [R.ramped_mean(t, 100, 8, "linear") for t in (0, 1, 12, 25, 99)] == [1, 1, 4, 8, 8]
     assert [R.ramped_mean(t, 100, 32, "1-sqrt") for t in (0, 50, 75)] == [1, math.ceil(32 * (1 - 3**-0.5)), 32]
-    cfg = R.Config(steps=100, r_bar=8)
-    ramp = R.depth_of(cfg, "linear", 8, 100)
-    assert ramp(0)[1] == 1 and max(ramp(t)[1] for t in range(13)) <= 4 and max(ramp(t)[1] for t in range(25, 100)) == 8
-    assert R.depth_of(cfg, "none", 6, 100)(3) == R.sample_depth(4, 8, 6)
-    assert R.depth_of(cfg, "fixed", 6, 100)(3) == (3, 6) and R.depth_of(cfg, "once", 6, 100)(3) == (0, 1)
-    assert R.layer_passes(replace(cfg, steps=2), "once") == 2 * 9
+    depth = functools.partial(R.depth_of, R.Config(r_bar=8))
+    assert depth("linear", 8, 100, 0)[1] == 1 and max(depth("linear", 8, 100, t)[1] for t in range(25, 100)) == 8
+    assert depth("none", 6, 100, 3) == R.sample_depth(4, 8, 6) and depth("once", 6, 100, 3) == (0, 1)
+    assert depth("fixed", 6, 100, 3) == (3, 6)
 
 
 # ---- the cache, exits, generation
@@ -199,13 +176,13 @@ def test_drafts_and_a_missing_cache_change_nothing(seed):
 
 
 def test_generate_refuses(model):
-    with pytest.raises(BadInput, match="one row, got 2: padding would be read as text"):
-        next(R.generate(model, IDS, 4, 4))
-    for ids, new in ((IDS[:1], 60), (IDS[:1] + 60, 4), (IDS[:1].float(), 4)):
-        with pytest.raises(BadInput, match="at most 64|must be int64"):
-            next(R.generate(model, ids, new, 4))
-    with pytest.raises(BadInput, match="0 iterations"):
-        next(R.generate(model, IDS[:1], 4, 0))
+    for ids, new, steps, message in (
+        (IDS, 4, 4, "one row, got 2"),
+        (IDS[:1], 60, 4, "at most 64"),
+        (IDS[:1], 4, 0, "0 it"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            next(R.generate(model, ids, new, steps))
 
 
 # ---- real weights
@@ -276,16 +253,14 @@ def test_retrofit_is_the_source_without_the_dropped_layers(more, tmp_path):
 
 def test_retrofit_refuses():
     c, sd = llama()
-    with pytest.raises(BadInput, match="needs 8 layers, each part at least 1; the model has 7"):
-        R.retrofit(sd, c, (2, 4, 2))
-    with pytest.raises(BadInput, match="rope_theta"):
-        R.retrofit(sd, {k: v for k, v in c.items() if k != "rope_theta"}, (2, 2, 1))
-    for name in ("self_attn.q_proj.bias", "self_attn.q_norm.weight"):  # Qwen, OLMo-2
-        with pytest.raises(BadInput, match=rf"model\.layers\.5\.{re.escape(name)}"):
-            R.retrofit(sd | {f"model.layers.5.{name}": torch.zeros(32)}, c, (2, 2, 1))
-    del sd["model.layers.1.mlp.up_proj.weight"]
-    with pytest.raises(BadInput, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
-        R.retrofit(sd, c, (2, 2, 1))
+    extra = {"model.layers.5.self_attn.q_proj.bias": torch.zeros(32)}  # as Qwen has
+    less = {k: v for k, v in sd.items() if k != "model.layers.1.mlp.up_proj.weight"}
+    for tensors, config, split, message in (
+        (sd, c, (2, 4, 2), "needs 8 layers, each part at least 1; the model has 7"), (less, c, (2, 2, 1), "1.mlp.up_proj"),
+        (sd, {**c, "rope_theta": None}, (2, 2, 1), "rope_theta"), (sd | extra, c, (2, 2, 1), "5.self_attn.q_proj.bias"),
+    ):  # fmt: skip
+        with pytest.raises(BadInput, match=message):
+            R.retrofit(tensors, config, split)
 
 
 def test_weights_round_trip_and_refusals(model, tmp_path):
@@ -295,19 +270,14 @@ def test_weights_round_trip_and_refusals(model, tmp_path):
         same = zip(m.state_dict().values(), again.state_dict().values(), strict=True)
         assert again.shape == m.shape and all(torch.equal(a, b) and a.dtype == b.dtype for a, b in same)
     config = json.loads((DATA / "config.json").read_text())
-    tensors = st.load_file(DATA / "model.safetensors")
+    (tmp_path / "model.safetensors").write_bytes((DATA / "model.safetensors").read_bytes())
     for changes, message in (
         ({"injection_type": "add"}, "none of these papers' models"), ({"rope_base": None}, "rope_theta"),
         ({"n_embd": 41}, "no such model"), ({"intermediate_size": 98}, "does not fit its config.*fc"),
     ):  # fmt: skip
         (tmp_path / "config.json").write_text(json.dumps(config | changes))
-        st.save_file(tensors, tmp_path / "model.safetensors")
         with pytest.raises(BadInput, match=message):
             R.load_weights(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").write_bytes(b"\x10" * 100)
-    with pytest.raises(BadInput, match="damaged"):
-        R.load_weights(tmp_path)
 
 
 @torch.no_grad()
@@ -370,20 +340,18 @@ FLAGS = "train --block 8 --batch 8 --r-bar 3 --log-every 1 --steps 60 --save-eve
 @pytest.mark.slow
 def test_kill_and_resume(tmp_path):
     """kill -9 in mid-run, then --resume: the metrics of a run that was never stopped, exactly; then eval."""
-    whole, cut = str(tmp_path / "whole"), tmp_path / "cut"
-    finish(start_ranks(1, "recurrent_depth.py", *FLAGS, "--out", whole))
-    ranks, deadline = start_ranks(1, "recurrent_depth.py", *FLAGS, "--out", str(cut)), time.monotonic() + 120
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finish(start_ranks(1, "recurrent_depth.py", *FLAGS, "--out", str(whole)), 300)
+    ranks, deadline = start_ranks(1, "recurrent_depth.py", *FLAGS, "--out", str(cut)), time.monotonic() + 300
     while not (cut / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     kill(ranks, signal.SIGKILL)
     assert cluster.load(cut / "checkpoint.pt")["facts"]["step"] < 60, "the run ended before it was killed"
-    finish(start_ranks(1, "recurrent_depth.py", *FLAGS, "--resume", "--out", str(cut)))
-    metrics = [[json.loads(x) for x in Path(f, "metrics.jsonl").read_text().splitlines()[1:]] for f in (whole, cut)]
+    finish(start_ranks(1, "recurrent_depth.py", *FLAGS, "--resume", "--out", str(cut)), 300)
+    metrics = [[json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()[1:]] for f in (whole, cut)]
     assert metrics[0] == metrics[1] and len(metrics[0]) == 60
-    assert "residual" in run_script("recurrent_depth.py", "eval", "--r", "1", "4", "--out", whole).stdout
-    said = run_script("recurrent_depth.py", "generate", "--out", whole)
-    assert said.returncode == 2 and "knows parity, not text" in said.stderr
-    assert R.load_weights(f"{whole}/model").shape.n_out == 2
+    assert "residual" in run_script("recurrent_depth.py", "eval", "--r", "1", "4", "--out", str(whole)).stdout
+    assert R.load_weights(whole / "model").shape.n_out == 2
 
 
 @torch.no_grad()
@@ -398,55 +366,36 @@ def test_alarms():
 def test_rows():
     data = R.Text(replace(SMALL, preset="bytes", block=16), 256)
     ids, labels = data.draw(4, 16, 3, 5)
-    assert ids.shape == labels.shape == (4, 16) and torch.equal(ids[:, 1:], labels[:, :-1])
-    assert torch.equal(data.draw(4, 16, 3, 5)[0], ids) and not torch.equal(data.draw(4, 16, 3, 6)[0], ids)
+    assert torch.equal(ids[:, 1:], labels[:, :-1]) and torch.equal(data.draw(4, 16, 3, 5)[0], ids)
     for one_step in (False, True):
         x, y = (z[0].tolist() for z in R.Parity(0, one_step).draw(1, 6, 1))
-        bits, total = x[1:], 0
-        for i, bit in enumerate(bits):
-            total = bit ^ (bits[i - 1] if one_step and i else 0 if one_step else total)
-            assert y[i + 1] == total
-        assert x[0] == 2 and y[0] == -100
+        want = [x[t] ^ (x[t - 1] if t > 1 else 0) if one_step else sum(x[1 : t + 1]) % 2 for t in range(1, 7)]
+        assert x[0] == 2 and y == [-100, *want]
 
 
 # ---- the claims, bad input
 
 
-def measured(accuracy, loss=0.1, **more):
-    return {"accuracy": dict.fromkeys(R.DEPTHS, accuracy), "loss": dict.fromkeys(R.DEPTHS, loss), **more}
-
-
 def test_no_control_passes_the_verdict():
-    ours = measured(1.0, longer=dict.fromkeys(R.DEPTHS, 0.95))
-    found = {
-        "drawn depth": ours,
-        "fixed depth": measured(1.0, 0.5),
-        "r = 1": measured(0.8),
-        "made recurrent": measured(1.0),
-        "itself continued": measured(0.7),
-        "made recurrent, no ramp": measured(1.0),
-        "random weights": measured(0.9),
-    }
+    all_at = lambda x: dict.fromkeys(R.DEPTHS, x)
+    ours = {"accuracy": all_at(1.0), "loss": all_at(0.1), "longer": all_at(0.95)}
+    found = {name: {"accuracy": all_at(x), "loss": all_at(0.5)} for name, x in zip(R.RUNS, (0, 1, 0.8, 1, 0.7, 1, 0.9))}
+    found["drawn depth"] = ours
     assert R.judge(found)[0]
     for name, other in (
-        ("drawn depth", {**ours, "longer": dict.fromkeys(R.DEPTHS, 0.8)}),
-        ("drawn depth", {**ours, "accuracy": found["r = 1"]["accuracy"]}),
-        ("fixed depth", measured(1.0, 0.05)),
-        ("r = 1", measured(0.95)),
-        ("made recurrent", measured(0.7)),
-        ("itself continued", ours),
-        ("random weights", ours),
-        ("made recurrent", measured(0.985)),
-    ):
-        assert not R.judge(found | {name: other})[0], name
+        ("drawn depth", ours | {"longer": all_at(0.8)}), ("drawn depth", ours | {"accuracy": all_at(0.8)}),
+        ("fixed depth", {"accuracy": all_at(1.0), "loss": all_at(0.05)}), ("r = 1", {"accuracy": all_at(0.95)}),
+        ("made recurrent", found["r = 1"]), ("itself continued", ours), ("random weights", ours),
+        ("made recurrent", {"accuracy": all_at(0.985)}),
+    ):  # fmt: skip
+        assert not R.judge(found | {name: found[name] | other})[0], name
 
 
 @pytest.mark.parametrize("argv,message", [
     (["train", "--batch", "7", "--accum", "2"], "--batch 7 does not divide"), (["eval"], "Train first"),
     (["eval", "--model", "/nowhere"], "no such folder or file"), (["train", "--steps", "0"], "are at least 1"),
     (["train", "--data", "x.txt"], "need --preset bytes"), (["train", "--split", "1", "1"], "three numbers"),
-    (["generate", "--draft", "2", "--exit-kl", "1"], "goes without"), (["train", "--lr", "0"], "above 0"),
-    (["demo", "--model", "x"], "mode demo does not read --model"), (["generate", "--dtype", "bfloat16"], "does not read"),
+    (["demo", "--model", "x"], "mode demo does not read --model"), (["train", "--lr", "0"], "above 0"),
 ])  # fmt: skip
 def test_bad_flags(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["recurrent_depth.py", *argv, "--device", "cpu", "--out", str(tmp_path / "none")])
@@ -459,7 +408,7 @@ def test_bad_flags(argv, message, tmp_path, monkeypatch, capsys):
 def test_quick_demo(tmp_path):
     """The whole path of the demo on two ranks; the paper's preset is its very model."""
     argv = ["--quick", "--steps", "20", "--batch", "4", "--device", "cpu", "--out", str(tmp_path)]
-    said = finish(start_ranks(2, "recurrent_depth.py", *argv))[0]
+    said = finish(start_ranks(2, "recurrent_depth.py", *argv), 300)[0]
     assert all(part in said for part in ("claim 1", "claim 2", "rows stop", "picture:", "quick: no verdict"))
     cfg = parse(R.Config, ["train", "--preset", "huginn-3.5b"], R.PRESETS)
     assert R.SHAPES[cfg.preset].mean_recurrence == cfg.r_bar and cfg.batch // cfg.accum == 8
