@@ -17,7 +17,7 @@ Differs  - 0.2 M parameters, layers (1, 2, 0), parity in two classes; the papers
     torchrun --nproc-per-node 2 recurrent_depth.py --device cpu          # what the first line starts
     python recurrent_depth.py train --preset bytes                       # a byte-level model of Python's sources
     python recurrent_depth.py eval --r 1 2 4 8 --prompt "def f("         # that model by depth, and what it writes
-    python recurrent_depth.py train --preset heal --out healed           # smollm2 made recurrent, trained on text
+    python recurrent_depth.py train --preset heal --log-every 1          # smollm2 made recurrent, then trained on text
     python recurrent_depth.py bench                                      # the cache; on a GPU at the paper's sizes
     torchrun --nproc-per-node 8 recurrent_depth.py train --preset huginn-3.5b --data corpus.npy  # never run
 
@@ -50,7 +50,6 @@ from common.text import Tokenizer, corpus
 from common.weights import open_weights, package, read_json, rope_frequencies, safetensors
 
 # %% the method
-#
 # e    the embedded tokens after the prelude       P, R, C  prelude, core, coda, of l_P, l_R, l_C layers
 # s_i  the state after i iterations, s_0 is noise  n, k     iterations without and with gradient, r = n + k
 #
@@ -59,7 +58,6 @@ from common.weights import open_weights, package, read_json, rope_frequencies, s
 
 def think(prelude, core, coda, ids: Tensor, s: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     """Logits (B, T, V) of ids (B, T) after n + k iterations from the state s (B, T, C), and the last state.
-
     Gradients flow through the last k iterations only, and through e, which each of them reads."""
     e = prelude(ids)  # (B, T, C)
     with torch.no_grad():
@@ -78,8 +76,7 @@ def initial_state(B: int, T: int, shape: "Shape", generator=None) -> Tensor:
 
 def sample_depth(step: int, mean: float, k: int, sigma: float = 0.5) -> tuple[int, int]:
     """(n, k) of a step: r is log-normal Poisson, mean + 1 on average with a heavy tail, k at most r.
-
-    The step alone is the seed, so all ranks and all rows share one depth. Seed and order of draws are the release's."""
+    The step alone is the seed, so ranks and rows share one depth. Seed and order of draws are the release's."""
     g = torch.Generator().manual_seed((514229 + step) % (2**31 - 1))
     rate = torch.zeros(1).log_normal_(math.log(mean) - sigma**2 / 2, sigma, generator=g)  # its mean is `mean`
     r = int(torch.poisson(rate, generator=g)) + 1
@@ -88,7 +85,6 @@ def sample_depth(step: int, mean: float, k: int, sigma: float = 0.5) -> tuple[in
 
 def ramped_mean(step: int, total: int, mean: int, ramp: str) -> int:
     """The mean depth at `step`: linear from 1 over the first quarter, or 1 - sqrt(1 - t) over three quarters.
-
     A model that was not recurrent starts shallow, which costs less (arXiv:2511.07384)."""
     if ramp == "none":
         return mean
@@ -134,8 +130,8 @@ class Shape:
         """From a config.json of either paper's release. BadInput: damaged, or of another architecture."""
         given = {"injection_type": "linear", "block_class_name": "SandwichBlock", **read_json(path)}
         kind, names = (given["injection_type"], given["block_class_name"]), [f.name for f in fields(cls)]
-        other = {"num_attention_heads": given.get("n_heads"), "rope_theta": given.get("rope_base")}
-        given = {**other, "qk_bias": kind[1] == "SandwichBlock", **given}
+        given = {"num_attention_heads": given.get("n_heads"), "rope_theta": given.get("rope_base"),
+                 "qk_bias": kind[1] == "SandwichBlock", **given}  # fmt: skip
         lost = [name for name in names[:13] if given.get(name) is None]
         if lost or kind[0] != "linear" or kind[1] not in ("SandwichBlock", "LlamaBlock"):
             raise BadInput(f"{path}: {kind}, without {lost}, is none of these papers' models.")
@@ -275,16 +271,17 @@ class RecurrentDepthLM(nn.Module):
 
 
 class Cache:
-    """Keys and values of every (layer, iteration) of one row, made once: prelude, coda, then the core's iterations. With a
-    budget b, iteration i uses entry i mod b, so later tokens see the last b of earlier ones. A token that stopped early
-    lends its deepest entry. kv is (2, slots, 1, Hk, room, D)."""
+    """Keys and values of every (layer, iteration) of one row, made once: prelude, coda, then the core's iterations.
+
+    With a budget b, iteration i uses entry i mod b: later tokens see the last b of earlier ones. A token that stopped
+    early lends its deepest entry. kv is (2, slots, 1, Hk, room, D)."""
 
     def __init__(self, model: RecurrentDepthLM, room: int, steps: int, budget: int = 0):
         c = model.shape
         if room > c.block_size or steps < 1 or budget < 0:
             raise BadInput(f"{room} tokens, {steps} iterations, budget {budget}: at most {c.block_size}, at least 1, 0")
-        self.length, self.first, self.l_R = 0, c.n_layers_in_prelude + c.n_layers_in_coda, c.n_layers_in_recurrent_block
-        self.budget = min(budget or steps, steps)
+        self.length, self.budget, self.l_R = 0, min(budget or steps, steps), c.n_layers_in_recurrent_block
+        self.first = c.n_layers_in_prelude + c.n_layers_in_coda
         slots, weight = self.first + self.budget * self.l_R, model.transformer.wte.weight
         self.kv = weight.new_empty(2, slots, 1, c.num_key_value_heads, room, c.head_dim)
 
@@ -302,19 +299,10 @@ class Cache:
 
 
 @torch.no_grad()
-def feed(
-    model: RecurrentDepthLM,
-    cache: Cache,
-    ids: Tensor,
-    steps: int,
-    s: Tensor | None = None,
-    exit_kl=0.0,
-    max_entropy=math.inf,
-) -> tuple[Tensor, Tensor, int]:
+def feed(model, cache: Cache, ids: Tensor, steps: int, s=None, exit_kl=0.0, max_entropy=math.inf) -> tuple:
     """Run ids (1, T) behind the cached tokens -> logits (1, T, V), state (1, T, C), iterations, at most `steps`.
-
-    exit_kl: stop once KL(p_{i-1} || p_i) is below it at all T positions, in nats. max_entropy: and the last prediction
-    is as sure as that, since a position that no information has reached sits still as well. s: s_0, by default 0."""
+    exit_kl: stop once KL(p_{i-1} || p_i) is below it at all T positions, in nats, and the last prediction's entropy is
+    below max_entropy: a position that no information has reached sits still as well. s: s_0, by default 0."""
     at = model.place(ids.shape[1], cache)
     e = model.embed(ids, at)
     s, before = torch.zeros_like(e) if s is None else s.to(e), None
@@ -338,9 +326,8 @@ def generate(
     max_entropy: float = math.inf, warm: bool = False,
 ) -> Iterator[tuple[int, int]]:  # fmt: skip
     """Yield (token, its iterations) for the greedy continuation of ids (1, T), until `new` tokens or one of `stop`.
-
-    The prompt runs all `steps`. warm: a token starts from the last state of the one before, not from zero.
-    BadInput: more than one row. Rows of a batch would be padded, and this model has no mask for padding."""
+    The prompt runs all `steps`. warm: a token starts from the last state of the one before, not from zero. BadInput:
+    more than one row, which would be padded: this model has no mask for padding."""
     if ids.shape[0] != 1:
         raise BadInput(f"generate continues one row, got {ids.shape[0]}: padding would be read as text")
     cache, s, rule = Cache(model, ids.shape[1] + new, steps, budget), None, {}
@@ -388,10 +375,9 @@ def assemble(shape: Shape, tensors: dict[str, Tensor], source: str) -> Recurrent
 
 def load_weights(path: str | Path) -> RecurrentDepthLM:
     """A model from a folder of either paper's release, or of save_weights. FileNotFoundError, BadInput: damaged."""
-    folder = Path(path)
-    shape, (names, read) = Shape.from_json(folder / "config.json"), safetensors(folder)
+    shape, (names, read) = Shape.from_json(Path(path, "config.json")), safetensors(Path(path))
     skip = {"freqs_cis"} | ({"lm_head.weight"} if shape.tie_embeddings else set())
-    return assemble(shape, {name: read(name) for name in names if name not in skip}, str(folder)).eval()
+    return assemble(shape, {name: read(name) for name in names if name not in skip}, str(path)).eval()
 
 
 def save_weights(model: RecurrentDepthLM, path: str | Path) -> None:
@@ -413,10 +399,9 @@ LLAMA = {  # our names -> Hugging Face's
 
 
 def retrofit(state_dict: dict[str, Tensor], config: dict, split=(4, 8, 4), seed: int = 0) -> RecurrentDepthLM:
-    """Make a pretrained Llama recurrent: Hugging Face's names and config -> a model (arXiv:2511.07384, Section 3).
-
-    split (p, R, c): the first p layers become the prelude, the last c the coda, the R before those the core; layers
-    between prelude and core are dropped. Only the adapter is new. BadInput: the split or the tensors do not fit."""
+    """Make a pretrained Llama recurrent, from Hugging Face's names and config (arXiv:2511.07384). split (p, R, c): the
+    first p layers become the prelude, the last c the coda, the R before those the core; others are dropped, and only
+    the adapter is new. BadInput: the split or the tensors do not fit."""
     (p, R, c), n = split, config["num_hidden_layers"]
     if min(split) < 1 or sum(split) > n:
         raise BadInput(f"--split {p} {R} {c} needs {sum(split)} layers, each part at least 1; the model has {n}")
@@ -424,11 +409,10 @@ def retrofit(state_dict: dict[str, Tensor], config: dict, split=(4, 8, 4), seed:
     rope |= config.get("rope_parameters") or {}  # where transformers 5 keeps it
     if (base := rope.pop("rope_theta")) is None:
         raise BadInput("the config has no rope_theta, neither on top nor in rope_parameters")
-    C, heads, ff, V, block, eps = (config[name] for name in (
-        "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings",
-        "rms_norm_eps"))  # fmt: skip
-    shape = Shape(C, heads, ff, p, R, c, 4, 8, V, block, eps, base, False, config.get("num_key_value_heads"),
-                  config.get("head_dim"), qk_bias=False, rope_scaling=rope)  # fmt: skip
+    shared = config.get("num_key_value_heads"), config.get("head_dim")
+    shape = Shape(config["hidden_size"], config["num_attention_heads"], config["intermediate_size"], p, R, c, 4, 8,
+                  config["vocab_size"], config["max_position_embeddings"], config["rms_norm_eps"], base, False, *shared,
+                  qk_bias=False, rope_scaling=rope)  # fmt: skip
     kept = [*range(p), *range(n - c - R, n)]
     places = [f"{part}.{j}" for part, count in (("prelude", p), ("core_block", R), ("coda", c)) for j in range(count)]
     sources = {"wte": ["model.embed_tokens"], "ln_f": ["model.norm"]} | {
@@ -444,16 +428,21 @@ def retrofit(state_dict: dict[str, Tensor], config: dict, split=(4, 8, 4), seed:
         raise BadInput(f"no plain Llama: {', '.join(wrong)} missing or without a place here")
     new = {f"transformer.{ours}.weight": torch.cat([state_dict[f"{name}.weight"] for name in parts])  # along rows
            for ours, parts in sources.items()}  # fmt: skip
-    wte, bound = new["transformer.wte.weight"], 1 / math.sqrt(2 * C)
-    adapter = torch.empty(C, 2 * C).uniform_(-bound, bound, generator=cluster.generator(seed, 1))
-    new["transformer.adapter.weight"] = adapter.to(wte.dtype)
+    wte = new["transformer.wte.weight"]
+    new["transformer.adapter.weight"] = wte.new_empty(shape.n_embd, 2 * shape.n_embd)
     new["lm_head.weight"] = state_dict.get("lm_head.weight", wte).clone()  # untied from here on
-    return assemble(shape, new, "the state dict")
+    return new_adapter(assemble(shape, new, "the state dict"), seed)
+
+
+def new_adapter(model: RecurrentDepthLM, seed: int) -> RecurrentDepthLM:
+    """Draw the adapter anew, uniform within 1 / sqrt(2C): a model without recurrence had no use for it."""
+    weight, bound = model.transformer.adapter.weight, 1 / math.sqrt(2 * model.shape.n_embd)
+    weight.data.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=cluster.generator(seed, 1)))
+    return model
 
 
 class AtanAdam(torch.optim.Optimizer):
     """The first paper's Adam: moments that start at the first gradient, update clipping, atan2 in place of epsilon.
-
     Per tensor, rho = sqrt(mean(g^2 / max(v, 1e-12))) and, with lr_0 the rate given here,
         p <- p (1 - lr / lr_0 wd) - lr / max(1, rho) / (1 - b1^t) atan2(m, sqrt(v / (1 - b2^t)))"""
 
@@ -529,15 +518,14 @@ class Config:
 PRESETS = {
     "laptop": {},
     "bytes": {"data": ("sources",), "block": 128, "r_bar": 4, "steps": 240, "batch": 16, "lr": 2e-3},
-    "heal": {"model": "smollm2", "block": 128, "r_bar": 4, "ramp": "linear", "steps": 20, "batch": 4, "lr": 3e-4,
-             "log_every": 1},
+    "heal": {"model": "smollm2", "block": 128, "r_bar": 4, "ramp": "linear", "steps": 20, "batch": 4, "lr": 3e-4},
     "huginn-3.5b": {"block": 4096, "r_bar": 32, "steps": 47000, "batch": 4096, "accum": 512, "optimizer": "atan",
                     "lr": 4e-5, "dtype": "bfloat16", "r": (1, 4, 8, 16, 32, 64)},
 }  # fmt: skip
 
 
 class Parity:
-    """After a start token 2 come random bits; each label is the parity of all bits up to it, or, with one_step, the xor of
+    """After a start token 2 come random bits; a label is the parity of all bits up to it, or, with one_step, the xor of
     its bit and the one before: the step of which the chain is made."""
 
     def __init__(self, seed: int, one_step: bool = False):
@@ -558,12 +546,12 @@ class Text:
         text, self.seed = corpus(cfg.data), cfg.seed
         if isinstance(text, str):
             text = Tokenizer().encode(text).numpy() if tokenizer is None else np.array(tokenizer.encode(text).ids)
-        if text.max() >= vocab:
-            raise BadInput(f"the text holds token id {text.max()}, the model has 0 to {vocab - 1}")
         self.train, self.held = np.split(text, [int(0.95 * len(text))])
         self.crc = zlib.crc32(np.ascontiguousarray(text[: 2**16]))
-        if len(self.held) <= cfg.block:
-            raise BadInput(f"the text has {len(text)} tokens, --block {cfg.block} needs {21 * cfg.block}. Add text.")
+        if len(self.held) <= cfg.block or text.max() >= vocab:
+            raise BadInput(
+                f"the text has {len(text)} tokens, up to id {text.max()}. Needed are {21 * cfg.block} below {vocab}"
+            )
 
     def draw(self, rows: int, length: int, *key: int) -> tuple[Tensor, Tensor]:
         """ids and labels (rows, length) at random places, a function of the seed and the key."""
@@ -593,9 +581,8 @@ def start(cfg: Config) -> tuple[RecurrentDepthLM, object, object]:
 
 @torch.no_grad()
 def look_back(model: RecurrentDepthLM) -> None:
-    """Start each head with a preference for the token before, sum_j cos((t - 1 - s) theta_j) / sqrt(D).
-
-    The paper starts qk_bias at 0. Then most seeds learn the parity of short rows by counting and ignore the loop."""
+    """Start each head with a preference for the token before, sum_j cos((t - 1 - s) theta_j) / sqrt(D). The paper
+    starts at 0. Then most seeds learn the parity of short rows by counting and ignore the loop."""
     for name, p in model.named_parameters():
         if name.endswith("qk_bias"):  # (2, 1, H, D): queries and keys; pairs (x0, x1), (x2, x3)...
             p[1, ..., 0::2] = 1.0
@@ -620,16 +607,12 @@ def alarms(before: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     return ((s - before).norm(dim=-1) / s.norm(dim=-1)).mean(), ((u.square().sum(-1) - T) / max(1, T * (T - 1))).mean()
 
 
-WARM = {"laptop": 50, "bytes": 50, "heal": 2, "huginn-3.5b": 4096}  # steps until the peak rate
-
-
 def train_model(
     cfg: Config, w: cluster.World, run, model: RecurrentDepthLM, data, what: str = "train", path: str = "",
     kind: str = "", alone: bool = False,
 ) -> RecurrentDepthLM:  # fmt: skip
     """One run. Rows, initial states and depths depend on (seed, micro-step, row), never on the number of ranks.
-
-    kind: of depth_of, by default cfg.ramp. alone: this rank trains a model of its own."""
+    kind: see depth_of, by default cfg.ramp. alone: this rank trains a model of its own."""
     (rank, size), rows = (0, 1) if alone else (w.rank, w.size), cfg.batch // cfg.accum
     if cfg.batch % cfg.accum or rows % size:
         raise BadInput(f"--batch {cfg.batch} does not divide over {size} processes x --accum {cfg.accum}")
@@ -641,6 +624,7 @@ def train_model(
     optimizer = (AtanAdam if paper else torch.optim.AdamW)(groups, lr=cfg.lr, betas=(0.9, 0.95))
     k, total = model.shape.mean_backprop_depth, cfg.steps * cfg.accum
     depth = functools.partial(depth_of, cfg, kind or cfg.ramp, k, total)
+    warm = {"laptop": 50, "bytes": 50, "heal": 2}.get(cfg.preset, 4096)  # steps until the peak rate
     late = torch.tensor([1.0, 0.0])  # on parity: the loss of late, and the step at which it fell below 0.54
     parts, T = {"model": model, "optimizer": optimizer, "late": late}, cfg.block + isinstance(data, Parity)
     for step in loop.steps(cfg, w, run, parts, cfg.steps, what, path, {"text": data.crc}):
@@ -661,7 +645,7 @@ def train_model(
         first = int(late[1]) or cfg.steps // 2  # from here the rate falls to 2 %
         fall = (0.5 if late[1] else 1) * (1 - 0.98 * max(0, step - first) / max(1, cfg.steps - first))
         for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1.0, (step + 1) / WARM[cfg.preset]) * (1 if paper else fall)
+            group["lr"] = cfg.lr * min(1.0, (step + 1) / warm) * (1 if paper else fall)
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0 if paper else 0.5)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -686,14 +670,13 @@ def by_depth(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, depths, seed:
     e = model.embed(ids, at)
     s = before = initial_state(*ids.shape, model.shape, cluster.generator(seed, 5)).to(e)
     for r in range(max(depths) + 1):
-        if r:
-            before, s = s, model.iterate(e, s, at)
+        before, s = s, model.iterate(e, s, at) if r else s
         if r in depths:
             logits = model.decode(s, at).transpose(1, 2)  # (B, V, T)
             right = (logits.argmax(dim=1) == labels)[labels >= 0].float().mean()
             rows[r] = [right, F.cross_entropy(logits, labels, ignore_index=-100), *alarms(before, s)]
-    names = enumerate(("accuracy", "loss", "residual", "correlation"))
-    return {name: {r: row[i].item() for r, row in rows.items()} for i, name in names}
+    names = "accuracy", "loss", "residual", "correlation"
+    return {name: {r: row[i].item() for r, row in rows.items()} for i, name in enumerate(names)}
 
 
 DEPTHS, LENGTH, BASE = (1, 2, 4, 8, 12, 16, 32, 64), 32, 0.375  # BASE: share of --steps of each run of claim 2
@@ -706,7 +689,7 @@ FIRST, SECOND = list(RUNS)[:3], list(RUNS)[3:]  # the rows of either claim
 
 
 def trained(cfg: Config, w: cluster.World, run, name: str, base) -> tuple[RecurrentDepthLM, int]:
-    """(model, layer passes, backward counted twice) of a row of RUNS. Runs at r = 1 get as many passes as the others."""
+    """(model, layer passes, backward counted twice) of a row of RUNS. Runs at r = 1 get as many passes as others."""
     weights, kind, _ = RUNS[name]
     c = cfg if name in FIRST else replace(cfg, steps=round(cfg.steps * BASE), seed=cfg.seed + 100)
     same = RUNS[FIRST[0] if name in FIRST else SECOND[0]][1] if kind == "once" else kind
@@ -714,14 +697,12 @@ def trained(cfg: Config, w: cluster.World, run, name: str, base) -> tuple[Recurr
     c = replace(c, steps=round(passes / 9)) if kind == "once" else c  # 3 + 2 * 3 layers at r = 1
     model = copy.deepcopy(base()) if weights == "base" else start(c)[0]
     if weights == "base" and kind != "once":  # the adapter is new, as in retrofit()
-        bound = 1 / math.sqrt(2 * model.shape.n_embd)
-        model.transformer.adapter.weight.data.uniform_(-bound, bound, generator=cluster.generator(c.seed, 1))
+        new_adapter(model, c.seed)
     return train_model(c, w, run, model, Parity(c.seed), name, "", kind, alone=True), passes
 
 
 def measure(model: RecurrentDepthLM, cfg: Config, more: bool) -> dict:
-    """by_depth on fresh rows. more: also on rows twice as long, and (iterations, accuracy) of rows that stop alone, at
-    most after 32 iterations, when all their predictions have settled."""
+    """by_depth on fresh rows. more: also on rows twice as long, and (iterations, accuracy) of rows that stop alone."""
     n, data = 32 if cfg.quick else 128, Parity(cfg.seed)
     ids, labels = (x.to(model.freq.device) for x in data.draw(n, LENGTH, 9, LENGTH))
     found = by_depth(model, ids, labels, DEPTHS, cfg.seed)
@@ -742,8 +723,8 @@ def judge(found: dict[str, dict]) -> tuple[bool, str]:
     first = ours[12] >= 0.98 and shallow and ours[12] >= max(once.values()) + 0.1 and far >= 0.9
     second = new[12] >= 0.98 and new[12] >= max(same[12] + 0.1, random[12] + 0.02, even[12] - 0.01)
     return first and second, (
-        f"(1) parity of {LENGTH} bits at r = 1 {ours[1]:.3f}, 4 {ours[4]:.3f}, 12 {ours[12]:.3f}, {2 * LENGTH} bits at 32 "
-        f"{far:.3f}; trained at r = 1 for equal passes {max(once.values()):.3f}; loss at r = 1, 2, 4 "
+        f"(1) parity of {LENGTH} bits at r = 1 {ours[1]:.3f}, 4 {ours[4]:.3f}, 12 {ours[12]:.3f}, {2 * LENGTH} bits at "
+        f"32 {far:.3f}; trained at r = 1 for equal passes {max(once.values()):.3f}; loss at r = 1, 2, 4 "
         f"{'below' if shallow else 'NOT below'} fixed depth's; (2) made recurrent {new[12]:.3f}, itself continued "
         f"{same[12]:.3f}, random weights {random[12]:.3f}, no ramp {even[12]:.3f}"
     )
@@ -769,8 +750,8 @@ def demo(cfg: Config, w: cluster.World) -> None:
     ours, head = found[FIRST[0]], ["r at test time", *map(str, DEPTHS), "layer passes"]
     row = lambda name, what="accuracy": [*found[name][what].values(), found[name]["passes"]]
     first, second = ([[name, *row(name)] for name in names if name in part] for part in (FIRST, SECOND))
-    first += [[f"drawn depth, {2 * LENGTH} bits", *ours["longer"].values(), ""]]
-    first += [["loss: " + name, *row(name, "loss")] for name in names if name in FIRST]
+    longer = [f"drawn depth, {2 * LENGTH} bits", *ours["longer"].values(), ""]
+    first += [longer, *(["loss: " + name, *row(name, "loss")] for name in names if name in FIRST)]
     w.print(f"\nclaim 1: accuracy on {LENGTH} bits\n" + report.table(head, first))
     w.print("\nclaim 2: accuracy, after one step was learned\n" + report.table(head, second))
     w.print("\nrows stop by themselves after {:.1f} of 32 iterations, accuracy {:.3f}\n".format(*ours["exits"]))
@@ -788,11 +769,10 @@ def demo(cfg: Config, w: cluster.World) -> None:
 
 def draw(found: dict[str, dict], figure, axes) -> None:
     """Accuracy over depth at test time, for the rows of either claim."""
+    axes[0].plot(DEPTHS, found[FIRST[0]]["longer"].values(), "kx:", label=f"drawn depth, {2 * LENGTH} bits")
     for axis, title, names in ((axes[0], "one set of weights", FIRST), (axes[1], "after one step was learned", SECOND)):
         for i, name in enumerate(name for name in names if name in found):
             axis.plot(DEPTHS, found[name]["accuracy"].values(), "os^D"[i] + "-", label=name)
-        if axis is axes[0]:
-            axis.plot(DEPTHS, found[FIRST[0]]["longer"].values(), "x:", label=f"drawn depth, {2 * LENGTH} bits")
         axis.set_xscale("log", base=2)
         axis.set(xlabel="iterations r at test time", ylabel="accuracy", title=title, ylim=(0.48, 1.02))
         axis.legend(frameon=False)
@@ -802,7 +782,7 @@ def draw(found: dict[str, dict], figure, axes) -> None:
 
 
 def train(cfg: Config, w: cluster.World) -> None:
-    """One run with checkpoints, from random or real weights. Its weights go to OUT/model if safetensors is installed."""
+    """One run with checkpoints, from random or real weights. They go to OUT/model if safetensors is installed."""
     (model, data, tokenizer), run = start(cfg), report.Run(cfg.out, cfg, w)
     train_model(cfg, w, run, model, data, "train", f"{cfg.out}/checkpoint.pt")
     evaluate(cfg, w, model, data)
@@ -813,8 +793,7 @@ def train(cfg: Config, w: cluster.World) -> None:
 
 
 def evaluate(cfg: Config, w: cluster.World, model=None, data=None, tokenizer=None) -> None:
-    """Loss, accuracy and the alarms by depth, on held-out rows, and what it writes after --prompt: the model that was
-    just trained, --model, or the run in --out under the settings of its training."""
+    """Loss, accuracy, alarms by depth on held-out rows, and what it writes: the model given, --model, or --out's."""
     if model is None:
         cfg, state = (cfg, {}) if cfg.model else loop.opened(f"{cfg.out}/checkpoint.pt", cfg, "r", "prompt")
         model, data, tokenizer = start(cfg)
@@ -823,8 +802,7 @@ def evaluate(cfg: Config, w: cluster.World, model=None, data=None, tokenizer=Non
     ids, labels = (x.to(w.device) for x in data.draw(32, cfg.block, 9, cfg.block))
     with torch.autocast(w.device.type, torch.bfloat16, enabled=cfg.dtype == "bfloat16"):
         found = by_depth(model, ids, labels, sorted({*cfg.r}), cfg.seed)
-    rows = [[name, *values.values()] for name, values in found.items()]
-    w.print(report.table(["r", *map(str, found["loss"])], rows))
+    w.print(report.table(["r", *map(str, found["loss"])], [[name, *at.values()] for name, at in found.items()]))
     if cfg.prompt and not model.shape.n_out:
         plain = tokenizer or Tokenizer()
         ids = plain.encode(cfg.prompt).ids if tokenizer else plain.encode(cfg.prompt).tolist()
