@@ -57,7 +57,24 @@ def abacus(axis) -> None:
     axis.set(xlim=(-3.6, 8.1), ylim=(-1.3, 3.1))
 
 
-DRAW = {f.__name__: f for f in (goldfish, abacus)}
+def slimadam(axis) -> None:
+    """v of a matrix as Adam keeps it, and with one number for a row whose entries hardly differ."""
+    rows = ((2, 2, 3, 2, 3), (7, 8, 7, 7, 8), (4, 4, 5, 4, 4), (1, 1, 1, 2, 1))
+    shades = plt.get_cmap("YlOrBr")
+    for y, row in enumerate(rows):
+        for x, value in enumerate((*row, None, sum(row) / len(row))):
+            if value is not None:
+                box(axis, x * 1.05 + (x > 5) * 3.2, 2.55 - 0.85 * y, f"{value:g}", shades(value / 14))
+    axis.text(2.6, 3.6, "Adam's v: one number per weight", ha="center", va="bottom")
+    axis.text(10.1, 3.6, "SlimAdam's v: one per row", ha="center", va="bottom")
+    axis.annotate("", (9.3, 1.6), (5.5, 1.6), arrowprops={"arrowstyle": "->"})
+    axis.text(7.4, 1.75, "mean along K = (1,)\nif SNR = mean² / variance\nis above 1", ha="center", va="bottom")
+    note = "along a row the entries are nearly equal: high SNR;\nalong a column they are not: low SNR"
+    axis.text(2.6, -0.2, note, ha="center", va="top")
+    axis.set(xlim=(-0.2, 12.5), ylim=(-1.2, 4.2))
+
+
+DRAW = {f.__name__: f for f in (goldfish, abacus, slimadam)}
 
 
 def main(names: list[str]) -> None:

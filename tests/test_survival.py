@@ -24,8 +24,7 @@ TRAIN = {
     "goldfish": "--d-model 32 --n-layer 1 --vocab 300 --log-every 1 --steps 150 --save-every 10",
     "recurrent_depth": "--block 8 --settle 0.69 --batch 8 --d-model 16 --ff 24 --r-bar 3 --k 2 --rows 32 "
     "--log-every 1 --steps 150 --save-every 10",
-    "slimadam": "--warmup 2 --chars 200000 --d-model 16 --n-head 2 --block 16 --steps 300 --save-every 20 "
-    "--log-every 1",
+    "slimadam": "--chars 200000 --d-model 16 --n-head 2 --block 16 --steps 300 --save-every 20 --log-every 1",
     "speedy_splat": "--size 16 --views 8 --points 100 --views-per-step 2 --max-gaussians 160 --steps 90 "
     "--save-every 10 --eval-every 5",
     "topk_attention": "--steps 300 4",
@@ -33,7 +32,7 @@ TRAIN = {
 # Demos that start processes of their own, shortened: Ctrl-C must end those too.
 DEMO = {
     "axonn": "--ranks 2",
-    "slimadam": TRAIN["slimadam"].replace("--steps 300", "--steps 5000"),
+    "slimadam": "--chars 200000 --steps 5000",
 }
 FOLDER = {}  # where train writes below --out
 FAR = {"topk_attention": "--steps 100000 4"}  # a run that only a signal ends
