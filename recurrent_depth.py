@@ -679,7 +679,7 @@ def by_depth(model: RecurrentDepthLM, ids: Tensor, labels: Tensor, depths, seed:
     return {name: {r: row[i].item() for r, row in rows.items()} for i, name in enumerate(names)}
 
 
-DEPTHS, LENGTH, BASE = (1, 2, 4, 8, 12, 16, 32, 64), 32, 0.375  # BASE: share of --steps of each run of claim 2
+DEPTHS, LENGTH, BASE = (1, 2, 4, 8, 12, 16, 32, 64), 32, 0.5  # BASE: share of --steps of each run of claim 2
 RUNS = {  # row of the tables -> initial weights, depth in training, the rank that trains it, modulo their number
     "drawn depth": ("random", "none", 0), "fixed depth": ("random", "fixed", 0), "r = 1": ("random", "once", 1),
     "made recurrent": ("base", "linear", 1), "itself continued": ("base", "once", 1),

@@ -16,12 +16,17 @@ from ranks import finish, kill, run_ranks, run_script, start_ranks
 
 import recurrent_depth as R
 from common import cluster
-from common.cli import BadInput, parse
-from common.weights import open_weights, rope_frequencies, rotate
+from common.cli import BadInput
+from common.weights import rope_frequencies, rotate
 
 DATA = Path(__file__).parent / "data" / "recurrent_depth"
 V = {k: torch.from_numpy(np.array(v)) for k, v in np.load(DATA / "expected.npz").items()}
 IDS, S0 = V["input_ids"], V["s0"]
+SMALL = R.Config(block=8, batch=8, steps=4, r_bar=3, log_every=1, mode="train")
+FLAGS = "train --block 8 --batch 8 --r-bar 3 --log-every 1 --steps 60 --save-every 7 --r 1 4".split()
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROPE |= {"rope_theta": 5e5, "original_max_position_embeddings": 16}
+NEW = {"rope_theta": None, "rope_parameters": ROPE}
 st = pytest.importorskip("safetensors.torch", reason='needs safetensors: pip install -e ".[models]"')
 
 
@@ -34,15 +39,8 @@ def tiny(seed=0, **changes):
     return R.RecurrentDepthLM(replace(R.SHAPES["bytes"], **changes), seed).eval()
 
 
-def zero(m, ids):
-    return torch.zeros(*ids.shape, m.shape.n_embd, dtype=m.freq.dtype)
-
-
 def close(a, b, atol):
     torch.testing.assert_close(a, b, atol=atol, rtol=0)
-
-
-# ---- the method against the released code's outputs
 
 
 @torch.no_grad()
@@ -62,28 +60,23 @@ def test_states_and_logits_equal_the_released_code(model):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_truncated_gradients_equal_the_released_code(model, checkpointing):
-    labels = F.pad(IDS[:, 1:], (0, 1), value=-100)
-    model.checkpointing = checkpointing
+    labels, model.checkpointing = F.pad(IDS[:, 1:], (0, 1), value=-100), checkpointing
     model.zero_grad()
     loss = F.cross_entropy(model(IDS, 3, 2, S0)[0].flatten(0, 1), labels.flatten(), ignore_index=-100)
     loss.backward()
     model.checkpointing = False
     close(loss, V["trunc_loss_n3k2"], 1e-5)
-    seen = 0
-    for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.abs().sum() > 0, name
-        if f"trunc_grad_norm/{name}" in V:
-            close(p.grad.double().norm(), V[f"trunc_grad_norm/{name}"].double(), 1e-5)
-            close(p.grad.double().sum(), V[f"trunc_grad_sum/{name}"].double(), 1e-4)
-            seen += 1
-    assert seen == sum(k.startswith("trunc_grad_norm") for k in V) > 0
+    seen = {name: p.grad.double() for name, p in model.named_parameters() if f"trunc_grad_norm/{name}" in V}
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters()) and len(seen) == 5
+    for name, grad in seen.items():
+        close(grad.norm(), V[f"trunc_grad_norm/{name}"].double(), 1e-5)
+        close(grad.sum(), V[f"trunc_grad_sum/{name}"].double(), 1e-4)
 
 
 def test_sizes_and_initialisation():
     with torch.device("meta"):
         m = R.RecurrentDepthLM(R.SHAPES["huginn-3.5b"])
     assert sum(p.numel() for p in m.parameters()) == 3_564_976_800
-    assert m.transformer.core_block[3].attn.qk_bias.shape == (2, 1, 55, 96)
     m = tiny(n_embd=256, num_attention_heads=4, head_dim=64, num_key_value_heads=4, intermediate_size=512)
     for name, p in m.named_parameters():
         std = 0.9866 * math.sqrt(2 / (5 * 256)) / (math.sqrt(2 * 10) if name.endswith("proj.weight") else 1)
@@ -93,8 +86,7 @@ def test_sizes_and_initialisation():
 
 
 def test_depth_and_ramp():
-    """The ten draws of the release's sampler, the distribution, and no dependence on anything but the step."""
-    want = [(21, 8), (21, 8), (25, 8), (44, 8), (32, 8), (8, 8), (27, 8), (21, 8), (9, 8), (9, 8)]
+    want = [(21, 8), (21, 8), (25, 8), (44, 8), (32, 8), (8, 8), (27, 8), (21, 8), (9, 8), (9, 8)]  # the release's
     torch.manual_seed(123)
     assert [R.sample_depth(i, 32, 8) for i in range(1, 11)] == want
     p = torch.tensor([sum(R.sample_depth(i, 8, 4)) for i in range(4000)]).float()
@@ -106,9 +98,6 @@ def test_depth_and_ramp():
     assert depth("linear", 8, 100, 0)[1] == 1 and max(depth("linear", 8, 100, t)[1] for t in range(25, 100)) == 8
     assert depth("none", 6, 100, 3) == R.sample_depth(4, 8, 6) and depth("once", 6, 100, 3) == (0, 1)
     assert depth("fixed", 6, 100, 3) == (3, 6)
-
-
-# ---- the cache, exits, generation
 
 
 @torch.no_grad()
@@ -133,19 +122,16 @@ def test_cached_decoding_equals_the_released_code(model, row):
 
 @torch.no_grad()
 def test_exit_is_the_first_small_change(model):
-    """Against the release's values at the last position, and by hand over all positions."""
     ran = lambda ids, s0, limit, **kw: R.feed(model, R.Cache(model, ids.shape[1], 24), ids, 24, s0, limit, **kw)
     log_p = torch.stack([model(IDS[:1], i, 0, S0[:1])[0][0].log_softmax(-1) for i in range(1, 25)])  # (24, T, V)
     before = torch.cat([torch.full_like(log_p[:1], -math.log(64)), log_p[:-1]])
     values = (before.exp() * (before - log_p)).sum(-1)  # (24, T)
     close(values[:, -1].double(), V["exit_values/kl"][:24], 1e-5)
-    for limit in (0.2, 0.1, 0.06):
-        first = int((values.amax(dim=1) < limit).nonzero()[0]) + 1
+    for limit in (0.2, 0.06):
         logits, _, n = ran(IDS[:1], S0[:1], limit)
-        assert n == first < 24
+        assert n == int((values.amax(dim=1) < limit).nonzero()[0]) + 1 < 24  # at all positions
         close(logits, model(IDS[:1], n, 0, S0[:1])[0], 1e-5)
-    assert ran(IDS[:1], S0[:1], 0.2, max_entropy=0.1)[2] == 24  # this model is never so sure
-    assert ran(IDS[:1], S0[:1], 0.0)[2] == 24
+    assert ran(IDS[:1], S0[:1], 0.2, max_entropy=0.1)[2] == ran(IDS[:1], S0[:1], 0.0)[2] == 24  # it is never so sure
 
 
 def test_generation_equals_the_released_code(model):
@@ -158,51 +144,41 @@ def test_generation_equals_the_released_code(model):
     assert made[0][1] == 24 and 1 < min(r for _, r in made) < 24  # the prompt runs all iterations
     stop = tokens(6)[3]
     assert tokens(6, stop=(stop,)) == tokens(6)[: tokens(6).index(stop) + 1]
+    for ids, new, steps, why in (
+        (IDS, 4, 4, "one row, got 2"),
+        (IDS[:1], 60, 4, "at most 64"),
+        (IDS[:1], 4, 0, "0 it"),
+    ):
+        with pytest.raises(BadInput, match=why):
+            next(R.generate(model, ids, new, steps))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_drafts_and_a_missing_cache_change_nothing(seed):
-    m = tiny(seed).double()
-    with torch.no_grad():
-        m.transformer.wte.weight *= 3  # sharper logits
-    ids = torch.randint(256, (1, 5), generator=cluster.generator(seed))
+    m, ids = tiny(seed).double(), torch.randint(256, (1, 5), generator=cluster.generator(seed))
+    m.transformer.wte.weight.data *= 3  # sharper logits
     want = ids
-    with torch.no_grad():
-        for _ in range(13):
-            want = torch.cat([want, m(want, 6, 0, zero(m, want))[0][:, -1:].argmax(-1)], dim=1)
+    for _ in range(13):
+        want = torch.cat([want, m(want, 6, 0, torch.zeros(*want.shape, 96))[0][:, -1:].argmax(-1)], dim=1)
     assert [t for t, _ in R.generate(m, ids, 13, 6)] == want[0, 5:].tolist()
     for draft, ahead in ((1, 4), (3, 2), (6, 8)):
         assert torch.equal(R.speculate(m, ids, 13, 6, draft, ahead), want)
 
 
-def test_generate_refuses(model):
-    for ids, new, steps, message in (
-        (IDS, 4, 4, "one row, got 2"),
-        (IDS[:1], 60, 4, "at most 64"),
-        (IDS[:1], 4, 0, "0 it"),
-    ):
-        with pytest.raises(BadInput, match=message):
-            next(R.generate(model, ids, new, steps))
-
-
-# ---- real weights
-
-
-def llama(layers=7, tied=False, **more):
+def llama(tied=False, **more):
     c = {
-        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 50, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-        "max_position_embeddings": 64, **more,
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 7, "num_attention_heads": 4, "rope_theta": 1e4,
+        "num_key_value_heads": 2, "vocab_size": 50, "rms_norm_eps": 1e-5, "max_position_embeddings": 64, **more,
     }  # fmt: skip
-    g, sd = cluster.generator(0), {}
-    draw = lambda *s: torch.randn(s, generator=g) / math.sqrt(s[-1])
-    parts = {"self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32),
-             "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32),
-             "mlp.down_proj": (32, 48), "input_layernorm": (32,), "post_attention_layernorm": (32,)}  # fmt: skip
-    for i in range(layers):
-        sd |= {f"model.layers.{i}.{name}.weight": draw(*shape) + (len(shape) == 1) for name, shape in parts.items()}
-    sd |= {"model.embed_tokens.weight": draw(50, 32), "model.norm.weight": 1 + 0.1 * draw(32)}
-    return c, sd if tied else sd | {"lm_head.weight": draw(50, 32)}
+    g, parts = cluster.generator(0), {
+        "self_attn.q_proj": (32, 32), "self_attn.k_proj": (16, 32), "self_attn.v_proj": (16, 32),
+        "self_attn.o_proj": (32, 32), "mlp.gate_proj": (48, 32), "mlp.up_proj": (48, 32), "mlp.down_proj": (32, 48),
+        "input_layernorm": (32,), "post_attention_layernorm": (32,),
+    }  # fmt: skip
+    shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(7) for name, shape in parts.items()}
+    shapes |= {"model.embed_tokens.weight": (50, 32), "model.norm.weight": (32,), "lm_head.weight": (50, 32)}
+    sd = {n: torch.randn(x, generator=g) / math.sqrt(x[-1]) + (len(x) == 1) for n, x in shapes.items()}
+    return c, {n: x for n, x in sd.items() if not tied or n != "lm_head.weight"}
 
 
 def run_llama(c, sd, ids, layers):
@@ -224,31 +200,22 @@ def run_llama(c, sd, ids, layers):
     return x, F.linear(norm(x, sd["model.norm.weight"]), sd.get("lm_head.weight", sd["model.embed_tokens.weight"]))
 
 
-SCALED = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                           "original_max_position_embeddings": 16}}  # fmt: skip
-NEW = {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}  # transformers 5
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("more", [{}, {"tied": True}, SCALED, NEW])
+@pytest.mark.parametrize("more", [{}, {"tied": True}, NEW])  # NEW: as transformers 5 writes it
 def test_retrofit_is_the_source_without_the_dropped_layers(more, tmp_path):
     c, sd = llama(**more)
     m = R.retrofit(sd, c, (2, 2, 1)).eval()
     assert m.shape.rope_theta == (5e5 if more is NEW else 1e4)
     ids = torch.randint(50, (2, 11), generator=cluster.generator(5))
-    bound = 1 / math.sqrt(64)
-    assert m.transformer.adapter.weight.abs().max() <= bound and m.transformer.adapter.weight.std() > 0.5 * bound
+    assert 1 / 16 < m.transformer.adapter.weight.std() < m.transformer.adapter.weight.abs().max() <= 1 / 8
     R.save_weights(m, tmp_path)
     again, s0 = R.load_weights(tmp_path), R.initial_state(2, 11, m.shape, cluster.generator(0))
     assert s0.std().item() == pytest.approx(0.9866 * math.sqrt(0.4 / 32), rel=0.1)
     assert again.shape == m.shape and torch.equal(again(ids, 0, 3, s0)[0], m(ids, 0, 3, s0)[0])
     m.transformer.adapter.weight.copy_(torch.eye(32, 64).roll(32, 1))  # of [state, e] it keeps e
     states, logits = run_llama(c, sd, ids, [0, 1, 4, 5])[0], run_llama(c, sd, ids, [0, 1, 4, 5, 6])[1]
-    close(m(ids, 1, 0)[1], states, 1e-5)
-    close(m(ids, 1, 0)[0], logits, 1e-5)
-    for t, (token, _) in enumerate(R.generate(m, ids[:1], 4, 1)):
-        ids = torch.cat([ids[:1], torch.tensor([[token]])], dim=1)
-        assert token == run_llama(c, sd, ids[:, : 11 + t], [0, 1, 4, 5, 6])[1][0, -1].argmax()
+    close(m(ids, 1, 0), (logits, states), 1e-5)
+    assert next(R.generate(m, ids[:1], 1, 1))[0] == logits[0, -1].argmax()
 
 
 def test_retrofit_refuses():
@@ -256,7 +223,7 @@ def test_retrofit_refuses():
     extra = {"model.layers.5.self_attn.q_proj.bias": torch.zeros(32)}  # as Qwen has
     less = {k: v for k, v in sd.items() if k != "model.layers.1.mlp.up_proj.weight"}
     for tensors, config, split, message in (
-        (sd, c, (2, 4, 2), "needs 8 layers, each part at least 1; the model has 7"), (less, c, (2, 2, 1), "1.mlp.up_proj"),
+        (sd, c, (2, 4, 2), "needs 8 layers, each part at least 1; the model has 7"), (less, c, (2, 2, 1), "up_proj"),
         (sd, {**c, "rope_theta": None}, (2, 2, 1), "rope_theta"), (sd | extra, c, (2, 2, 1), "5.self_attn.q_proj.bias"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=message):
@@ -280,16 +247,6 @@ def test_weights_round_trip_and_refusals(model, tmp_path):
             R.load_weights(tmp_path)
 
 
-@torch.no_grad()
-@pytest.mark.weights
-def test_retrofit_of_a_real_model():
-    weights = open_weights("smollm2")
-    sd, ids = weights.state_dict(), torch.tensor([weights.tokenizer().encode("The capital of France is").ids])
-    m = R.retrofit(sd, weights.config, (6, 12, 6)).eval()
-    m.transformer.adapter.weight.copy_(torch.eye(576, 1152).roll(576, 1))
-    close(m(ids, 1, 0)[0], run_llama(weights.config, sd, ids, [*range(6), *range(12, 30)])[1], 1e-3)
-
-
 def test_atan_adam_by_hand():
     p = torch.nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
     opt = R.AtanAdam([p], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
@@ -301,15 +258,11 @@ def test_atan_adam_by_hand():
         m = [0.9 * a + 0.1 * b for a, b in zip(g if m is None else m, g, strict=True)]
         v = [0.95 * a + 0.05 * b * b for a, b in zip([b * b for b in g] if v is None else v, g, strict=True)]
         rho = math.sqrt(sum(b * b / max(a, 1e-12) for a, b in zip(v, g, strict=True)) / 2)
-        size = lr / max(1, rho) / (1 - 0.9**t)
-        move = [size * math.atan2(b, math.sqrt(c / (1 - 0.95**t))) for b, c in zip(m, v, strict=True)]
-        x = [a * (1 - lr / 0.01 * 0.1) - d for a, d in zip(x, move, strict=True)]
+        move = [
+            math.atan2(b, math.sqrt(c / (1 - 0.95**t))) / max(1, rho) / (1 - 0.9**t) for b, c in zip(m, v, strict=True)
+        ]
+        x = [a * (1 - lr / 0.01 * 0.1) - lr * d for a, d in zip(x, move, strict=True)]
         close(p.detach(), torch.tensor(x, dtype=torch.float64), 1e-12)
-
-
-# ---- training: ranks, resume, alarms
-
-SMALL = R.Config(block=8, batch=8, steps=4, r_bar=3, log_every=1, mode="train")
 
 
 def _train(rank, size, out):
@@ -322,24 +275,17 @@ def _train(rank, size, out):
         torch.save(lines, f"{out}/{size}.pt")
 
 
-@pytest.mark.slow
 def test_ranks_match_one_process(tmp_path):
     for size in (1, 2, 4):
         (tmp_path / f"store{size}").mkdir()
         run_ranks(_train, size, tmp_path / f"store{size}", str(tmp_path))
     one, *more = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2, 4))
-    for other in more:
-        for a, b in zip(one, other, strict=True):
-            assert all(torch.allclose(torch.as_tensor(a[k]), torch.as_tensor(b[k]), rtol=0, atol=1e-9)
-                       for k in a if k != "run")  # fmt: skip
+    for a, *others in zip(one, *more, strict=True):
+        for b in others:
+            assert all(torch.allclose(torch.as_tensor(a[k]), torch.as_tensor(b[k]), 0, 1e-9) for k in a if k != "run")
 
 
-FLAGS = "train --block 8 --batch 8 --r-bar 3 --log-every 1 --steps 60 --save-every 7 --r 1 4".split()
-
-
-@pytest.mark.slow
 def test_kill_and_resume(tmp_path):
-    """kill -9 in mid-run, then --resume: the metrics of a run that was never stopped, exactly; then eval."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     finish(start_ranks(1, "recurrent_depth.py", *FLAGS, "--out", str(whole)), 300)
     ranks, deadline = start_ranks(1, "recurrent_depth.py", *FLAGS, "--out", str(cut)), time.monotonic() + 300
@@ -354,16 +300,11 @@ def test_kill_and_resume(tmp_path):
     assert R.load_weights(whole / "model").shape.n_out == 2
 
 
-@torch.no_grad()
-def test_alarms():
-    same = torch.randn(1, 1, 8).expand(2, 5, 8)
+def test_alarms_and_rows():
+    same, s = torch.randn(1, 1, 8).expand(2, 5, 8), torch.tensor([[[3.0, 4.0]]])
     assert R.alarms(same, same)[1].item() == pytest.approx(1, abs=1e-5)
     assert R.alarms(torch.eye(5)[None], torch.eye(5)[None])[1].item() == pytest.approx(0, abs=1e-6)
-    s = torch.tensor([[[3.0, 4.0]]])
     assert R.alarms(s - torch.tensor([0.0, 1.0]), s)[0].item() == pytest.approx(1 / 5)
-
-
-def test_rows():
     data = R.Text(replace(SMALL, preset="bytes", block=16), 256)
     ids, labels = data.draw(4, 16, 3, 5)
     assert torch.equal(ids[:, 1:], labels[:, :-1]) and torch.equal(data.draw(4, 16, 3, 5)[0], ids)
@@ -373,13 +314,13 @@ def test_rows():
         assert x[0] == 2 and y == [-100, *want]
 
 
-# ---- the claims, bad input
-
-
 def test_no_control_passes_the_verdict():
     all_at = lambda x: dict.fromkeys(R.DEPTHS, x)
     ours = {"accuracy": all_at(1.0), "loss": all_at(0.1), "longer": all_at(0.95)}
-    found = {name: {"accuracy": all_at(x), "loss": all_at(0.5)} for name, x in zip(R.RUNS, (0, 1, 0.8, 1, 0.7, 1, 0.9))}
+    found = {
+        name: {"accuracy": all_at(x), "loss": all_at(0.5)}
+        for name, x in zip(R.RUNS, (0, 1, 0.8, 1, 0.7, 1, 0.9), strict=True)
+    }
     found["drawn depth"] = ours
     assert R.judge(found)[0]
     for name, other in (
@@ -395,7 +336,7 @@ def test_no_control_passes_the_verdict():
     (["train", "--batch", "7", "--accum", "2"], "--batch 7 does not divide"), (["eval"], "Train first"),
     (["eval", "--model", "/nowhere"], "no such folder or file"), (["train", "--steps", "0"], "are at least 1"),
     (["train", "--data", "x.txt"], "need --preset bytes"), (["train", "--split", "1", "1"], "three numbers"),
-    (["demo", "--model", "x"], "mode demo does not read --model"), (["train", "--lr", "0"], "above 0"),
+    (["demo", "--model", "x"], "does not read --model"), (["train", "--lr", "0"], "above 0"),
 ])  # fmt: skip
 def test_bad_flags(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["recurrent_depth.py", *argv, "--device", "cpu", "--out", str(tmp_path / "none")])
@@ -404,11 +345,7 @@ def test_bad_flags(argv, message, tmp_path, monkeypatch, capsys):
     assert e.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_quick_demo(tmp_path):
-    """The whole path of the demo on two ranks; the paper's preset is its very model."""
     argv = ["--quick", "--steps", "20", "--batch", "4", "--device", "cpu", "--out", str(tmp_path)]
     said = finish(start_ranks(2, "recurrent_depth.py", *argv), 300)[0]
     assert all(part in said for part in ("claim 1", "claim 2", "rows stop", "picture:", "quick: no verdict"))
-    cfg = parse(R.Config, ["train", "--preset", "huginn-3.5b"], R.PRESETS)
-    assert R.SHAPES[cfg.preset].mean_recurrence == cfg.r_bar and cfg.batch // cfg.accum == 8
