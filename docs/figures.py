@@ -77,7 +77,7 @@ def slimadam(axis) -> None:
 def recurrent_depth(axis) -> None:
     """Prelude, core and coda: the core is applied again and again, and reads the prelude's output each time."""
     cores = [(x, "core R", "#fff2cc") for x in (5.2, 7.7, 10.2)]
-    ends = [(0, "tokens", "white"), (2.2, "prelude P", "#cfe2f3"), (13.2, "coda C", "#cfe2f3"), (15.6, "token", "white")]
+    ends = [(0, "ids", "white"), (2.2, "prelude P", "#cfe2f3"), (13.2, "coda C", "#cfe2f3"), (15.6, "token", "white")]
     for x, text, color in cores + ends:
         box(axis, x, 1, text, color, 1.8)
     arrow = lambda a, b, style="->": axis.annotate("", b, a, arrowprops={"arrowstyle": style, "color": "0.3"})
