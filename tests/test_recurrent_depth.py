@@ -25,9 +25,8 @@ IDS, S0 = V["input_ids"], V["s0"]
 SMALL = R.Config(block=8, batch=8, steps=4, r_bar=3, log_every=1, mode="train")
 FLAGS = "train --block 8 --batch 8 --r-bar 3 --log-every 1 --steps 60 --save-every 7 --r 1 4".split()
 ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-ROPE |= {"rope_theta": 5e5, "original_max_position_embeddings": 16}
-NEW = {"rope_theta": None, "rope_parameters": ROPE}
-st = pytest.importorskip("safetensors.torch", reason='needs safetensors: pip install -e ".[models]"')
+NEW = {"rope_theta": None, "rope_parameters": ROPE | {"rope_theta": 5e5, "original_max_position_embeddings": 16}}
+pytest.importorskip("safetensors", reason='needs safetensors: pip install -e ".[models]"')
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +314,7 @@ def test_alarms_and_rows():
 
 
 def test_no_control_passes_the_verdict():
-    all_at = lambda x: dict.fromkeys(R.DEPTHS, x)
+    all_at = functools.partial(dict.fromkeys, R.DEPTHS)
     ours = {"accuracy": all_at(1.0), "loss": all_at(0.1), "longer": all_at(0.95)}
     found = {
         name: {"accuracy": all_at(x), "loss": all_at(0.5)}
