@@ -74,7 +74,29 @@ def slimadam(axis) -> None:
     axis.set(xlim=(-0.2, 12.5), ylim=(-1.2, 4.2))
 
 
-DRAW = {f.__name__: f for f in (goldfish, abacus, slimadam)}
+def recurrent_depth(axis) -> None:
+    """Prelude, core and coda: the core is applied again and again, and reads the prelude's output each time."""
+    cores = [(x, "core R", "#fff2cc") for x in (5.2, 7.7, 10.2)]
+    ends = [(0, "ids", "white"), (2.2, "prelude P", "#cfe2f3"), (13.2, "coda C", "#cfe2f3"), (15.6, "token", "white")]
+    for x, text, color in cores + ends:
+        box(axis, x, 1, text, color, 1.8)
+    arrow = lambda a, b, style="->": axis.annotate("", b, a, arrowprops={"arrowstyle": style, "color": "0.3"})
+    for x, y in ((1.8, 2.2), (7.0, 7.7), (9.5, 10.2), (12.0, 13.2), (15.0, 15.6)):
+        arrow((x, 1.4), (y, 1.4))
+    for x, name in ((7.35, "$s_1$"), (9.85, "$s_2$"), (12.6, "$s_r$")):
+        axis.text(x, 1.55, name, ha="center")
+    arrow((3.1, 1.8), (3.1, 2.9), "-")
+    arrow((3.1, 2.9), (11.1, 2.9), "-")
+    for x in (6.1, 8.6, 11.1):
+        arrow((x, 2.9), (x, 1.85))
+    axis.text(4.5, 3.0, "e, read again in every iteration", ha="left", va="bottom")
+    axis.text(6.1, 0.1, "$s_0$: noise", ha="center", va="top")
+    arrow((6.1, 0.15), (6.1, 0.95))
+    axis.text(10.4, 0.6, "the same weights, r times: as many as asked", ha="center", va="top")
+    axis.set(xlim=(-0.3, 17.8), ylim=(-0.5, 3.6))
+
+
+DRAW = {f.__name__: f for f in (goldfish, abacus, recurrent_depth, slimadam)}
 
 
 def main(names: list[str]) -> None:

@@ -22,8 +22,7 @@ TRAIN = {
     "--save-every 20 --log-every 1",
     "axonn": "--vocab 300 --block 16 --batch 4 --steps 60 --save-every 7",
     "goldfish": "--d-model 32 --n-layer 1 --vocab 300 --log-every 1 --steps 150 --save-every 10",
-    "recurrent_depth": "--block 8 --settle 0.69 --batch 8 --d-model 16 --ff 24 --r-bar 3 --k 2 --rows 32 "
-    "--log-every 1 --steps 150 --save-every 10",
+    "recurrent_depth": "--block 8 --batch 8 --r-bar 3 --log-every 1 --steps 150 --save-every 10",
     "slimadam": "--chars 200000 --d-model 16 --n-head 2 --block 16 --steps 300 --save-every 20 --log-every 1",
     "speedy_splat": "--size 16 --views 8 --points 100 --views-per-step 2 --max-gaussians 160 --steps 90 "
     "--save-every 10 --eval-every 5",
