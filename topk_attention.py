@@ -366,8 +366,8 @@ class Llama(nn.Module):
     def fingerprint(self) -> str:
         """A hash of the config, the rotary angles and a slice of every weight, those of keys and values among them."""
         numbers = {n: x for n, x in sorted(self.config.items()) if isinstance(x, (int, float))}
-        parts = [self.inv_freq, *(p.detach().flatten()[:: p.numel() // 256 + 1].float().cpu() for p in self.parameters())]
-        return hashlib.sha256(json.dumps(numbers).encode() + torch.cat(parts).numpy().tobytes()).hexdigest()
+        parts = [self.inv_freq, *(p.flatten()[:: p.numel() // 256 + 1].cpu() for p in self.state_dict().values())]
+        return hashlib.sha256(json.dumps(numbers).encode() + torch.cat(parts).float().numpy().tobytes()).hexdigest()
 
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -477,10 +477,9 @@ class Config:
     resume: bool = opt(False, "go on with an evaluation that was stopped", modes=("eval",))
 
     def __post_init__(self):
-        for word in (self.k, *self.ks):
-            resolve_k(word, 1)
+        least = min(resolve_k(word, 1) for word in (self.k, *self.ks))  # refuses what is no budget
         for wrong, message in (
-            (min(self.new_tokens, self.samples) < 1, "--new-tokens and --samples are at least 1"),
+            (min(self.new_tokens, self.samples, least) < 1, "--new-tokens and --samples are at least 1"),
             (min(self.context, self.keys) < 64, "--context and --keys are at least 64"),
             (not 0 <= self.slope < 1, f"--slope must be in [0, 1), got {self.slope}"),
             (len(self.steps) != 2 or min(self.steps) < 1, f"--steps are two counts, such as 440 160, got {self.steps}"),
