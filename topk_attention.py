@@ -105,7 +105,8 @@ def key_scores(q: Tensor, k: Tensor) -> Tensor:
     if k.is_cuda and use_kernels(k.device) and {q.dtype, k.dtype} <= set(kernels.DTYPES):
         return kernels.scores(q, k)
     wide = torch.promote_types(q.dtype, torch.float32)
-    return torch.cat([torch.bmm(q.to(wide), part.to(wide).mT) for part in k.split(2**16, dim=1)], dim=2)
+    parts = [torch.bmm(q.to(wide), part.to(wide).mT) for part in k.split(2**16, dim=1)]
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def search(q: Tensor, k: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -113,7 +114,8 @@ def search(q: Tensor, k: Tensor, top: int) -> tuple[Tensor, Tensor]:
     return exact_topk(key_scores(q, k), top)
 
 
-gather_rows = lambda v, rows: torch.stack([x[i] for x, i in zip(v, rows, strict=True)])  # (Hk, N, D) -> (Hk, R, n, D)
+starts = lambda v: v.shape[1] * torch.arange(len(v), device=v.device)[:, None, None]  # of the heads, in one row of rows
+gather_rows = lambda v, rows: v.flatten(0, 1).index_select(0, (rows + starts(v)).flatten()).view(*rows.shape, -1)
 
 
 def softmax_part(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -214,7 +216,8 @@ class KVStore:
         if self.group is not None:
             rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
             own = slice(rank * self.n // size, (rank + 1) * self.n // size)
-        self.layers[layer : layer + 1] = [tuple(x[:, own].to(self.device, self.dtype, copy=True) for x in (k, v))]
+        rows = lambda x: x[:, own].to(self.device, self.dtype, copy=True, memory_format=torch.contiguous_format)
+        self.layers[layer : layer + 1] = [(rows(k), rows(v))]
 
     def rows(self, layer: int, q: Tensor, top: int) -> tuple[Tensor, Tensor]:
         """All that a step is handed for q (Hk, R, D): scores (Hk, R, n), values (Hk, R, n, D), or (Hk, N, D) if all."""
@@ -350,8 +353,7 @@ class Llama(nn.Module):
         if n > (most := self.config["max_position_embeddings"]):
             raise BadInput(f"{n} tokens exceed the model's max_position_embeddings {most}. Give it less to read.")
 
-    def logits(self, x: Tensor) -> Tensor:
-        """x (..., C) after the last layer -> (..., V)."""
+    def logits(self, x: Tensor) -> Tensor:  # (..., C) -> (..., V)
         head = self.embed_tokens if self.config.get("tie_word_embeddings") else self.lm_head
         return F.linear(self.norm(x), head.weight)
 
@@ -379,9 +381,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prefill(model: Llama, ids: Tensor, store: KVStore, chunk=2048, mlp_splits=1, text: str = "") -> KVStore:
-    """Read ids (N,) with dense attention and store these N rows of every layer; returns the store, which notes text's
-    hash. Layer by layer, `chunk` tokens at a time: the device holds one layer's keys and values and one chunk's
-    activations. The last layer stops at its keys and values. Over ranks each reads everything and keeps its slice."""
+    """Read ids (N,) with dense attention; store N rows of every layer, and a hash of text. Returns the store. Layer by
+    layer, `chunk` tokens at a time; the last layer stops at keys and values. Over ranks each reads everything."""
     n, c, weight = len(ids), model.config, model.norm.weight
     model.check_range(n)
     states = model.embed_tokens(ids.to(weight.device))  # (N, C)
@@ -484,7 +485,6 @@ class Config:
             (not 0 <= self.slope < 1, f"--slope must be in [0, 1), got {self.slope}"),
             (len(self.steps) != 2 or min(self.steps) < 1, f"--steps are two counts, such as 440 160, got {self.steps}"),
             (set(self.tasks) - set(ROOM), f"--tasks {' '.join(self.tasks)}: there are {', '.join(ROOM)}"),
-            (self.load_context and self.save_context, "--load-context and --save-context do not go together."),
             (self.mode == "generate" and not self.prompt, "there is nothing to answer: pass --prompt TEXT"),
             (self.document and not Path(self.document).is_file(), f"--document {self.document}: no such file"),
             (self.save_context and Path(self.save_context).exists(), f"{self.save_context} is there. Name a new file."),
