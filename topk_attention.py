@@ -548,8 +548,7 @@ def train_toy(cfg: Config, w: cluster.World, run: report.Run) -> Llama:
         log_p = model(ids, positions(*ids.shape).to(w.device))[:, -2 * NEEDLES :: 2].log_softmax(dim=-1)
         loss = -(log_p.gather(-1, names) * right).sum(dim=-1).div(right.sum(dim=-1)).mean()  # over the right variants
         for group in optimizer.param_groups:
-            fade = 0.525 + 0.475 * math.cos(math.pi * step / (short + long))
-            group["lr"] = 5e-3 * min(1, (step + 1) / 20) * fade
+            group["lr"] = 5e-3 * min(1, (step + 1) / 20) * (0.525 + 0.475 * math.cos(math.pi * step / (short + long)))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -774,7 +773,8 @@ def evaluate(cfg: Config, w: cluster.World) -> None:
         if (was := head.get("config", {})).get("mode") == "eval":  # a demo's answers are not taken over
             now = loop.facts_of(replace(cfg, samples=was["samples"]))
             loop.check(path, now | {"settings": {name: was.get(name) for name in now["settings"]}}, now)
-            done = {(x["task"], x["sample"], x["k"]): x for x in lines if "sample" in x}
+            whole = {(x["task"], x["sample"]) for x in lines if x.get("k") == cfg.ks[-1]}  # the last budget is answered
+            done = {(x["task"], x["sample"], x["k"]): x for x in lines if (x.get("task"), x.get("sample")) in whole}
     score_tasks(cfg, w, report.Run(cfg.out, cfg, w, len(done)), done)
 
 
