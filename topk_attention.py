@@ -115,7 +115,7 @@ def search(q: Tensor, k: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
 
 starts = lambda v: v.shape[1] * torch.arange(len(v), device=v.device)[:, None, None]  # of the heads, in one row of rows
-gather_rows = lambda v, rows: v.flatten(0, 1).index_select(0, (rows + starts(v)).flatten()).view(*rows.shape, -1)
+gather_rows = lambda v, i: v.flatten(0, 1).index_select(0, (i + starts(v)).flatten()).view(*i.shape, v.shape[-1])
 
 
 def softmax_part(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
