@@ -1,7 +1,4 @@
-"""topk_attention.py: reference vectors, the fast form, the store, the model, tasks, ranks, resume, verdict, bad input.
-
-The vectors in data/topk_attention come from independent implementations, see the README there.
-"""
+"""topk_attention.py against vectors of independent implementations (see data/topk_attention/README.md) and loops."""
 
 import functools
 import json
@@ -20,22 +17,15 @@ from common.cli import BadInput
 
 DATA = Path(__file__).parent / "data" / "topk_attention"
 close = torch.testing.assert_close
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    return pytest.importorskip("safetensors.torch").load_file(path)
-
-
+read_tensors = lambda path: pytest.importorskip("safetensors.torch").load_file(path)
 VECTORS = read_tensors(DATA / "attn_vectors.safetensors")
 CASES = json.loads((DATA / "attn_vectors.json").read_text())
 PLAIN = [n for n, c in CASES.items() if n not in ("ties", "merge", "stats") and not (c["group"] or c["sink"])]
 EXPECTED = read_tensors(DATA / "tiny_llama_expected.safetensors")
 IDS = EXPECTED["input_ids"].long()
 W = cluster.World(0, 1, torch.device("cpu"))
-
-
-def vector(case: str, *names: str, dtype=torch.float64):
-    return [VECTORS[f"{case}.{n}"].to(dtype) for n in names]
+vector = lambda case, *names, dtype=torch.float64: [VECTORS[f"{case}.{n}"].to(dtype) for n in names]
+metrics = lambda folder: [json.loads(x) for x in Path(folder, "metrics.jsonl").read_text().splitlines()[1:]]
 
 
 def problem(Hq=4, Hk=2, rows=1, N=200, M=3, D=16, seed=0, dtype=torch.float64, front=()):
@@ -45,17 +35,10 @@ def problem(Hq=4, Hk=2, rows=1, N=200, M=3, D=16, seed=0, dtype=torch.float64, f
     return [torch.randn(*front, *s, generator=g, dtype=torch.float64).to(dtype) for s in shapes]
 
 
-def stored(k, v, **how):
-    store = T.KVStore(dtype=k.dtype, **how)
+def stored(k, v):
+    store = T.KVStore(dtype=k.dtype)
     store.put(0, k, v)
     return store
-
-
-def metrics(folder) -> list[dict]:
-    return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()[1:]]
-
-
-# ---- the method and its fast form
 
 
 @pytest.mark.parametrize("dtype,tol", ((torch.float64, 1e-10), (torch.float32, 2e-5)))
@@ -65,19 +48,18 @@ def test_vectors(case, dtype, tol):
     q, k, v, ks, vs = vector(case, "q", "k", "v", "ks", "vs", dtype=dtype)
     q = q * (c["scale"] * math.sqrt(c["D"]))  # the vectors' scale in place of D^-0.5
     want, full = vector(case, "out", "full_out", dtype=dtype)
-    out = T.topk_attention(q, k, v, c["topk"], *([ks, vs] if c["M"] else []))
-    close(out, want, atol=tol, rtol=tol)
+    close(T.topk_attention(q, k, v, c["topk"], *([ks, vs] if c["M"] else [])), want, atol=tol, rtol=tol)
     suffix = (x.view(len(k), -1, c["D"]) for x in (ks, vs))
     close(stored(k, v).attend(0, q, c["topk"], *suffix), want, atol=tol, rtol=tol)
     _, rows = T.search(q.reshape(len(k), -1, c["D"]), k, min(c["topk"], c["N"]))
     assert torch.equal(rows.reshape(*q.shape[:2], -1).sort().values, VECTORS[f"{case}.idx"].long())
     if case in ("k_full", "k_gt_n"):
-        close(out, full, atol=tol, rtol=tol)
+        close(want, full, atol=tol, rtol=tol)
     elif case != "big_logits":  # where one weight is 1
-        assert (out - full).abs().max() > 100 * tol  # the choice matters in these vectors
+        assert (want - full).abs().max() > 100 * tol  # the choice matters in these vectors
 
 
-@pytest.mark.parametrize("rows,M,N,top", ((1, 1, 50, 7), (5, 9, 300, 20), (1, 3, 5000, 90), (2, 2, 40, 40), (3, 4, 0, 5)))
+@pytest.mark.parametrize("rows,M,N,top", ((1, 1, 50, 7), (5, 9, 300, 20), (1, 3, 5000, 90), (3, 4, 0, 5)))
 def test_the_fast_form_is_the_method(rows, M, N, top):
     q, k, v, ks, vs = problem(6, 2, rows, N, M, D=12, seed=N)
     want = T.topk_attention(q, k, v, top, ks, vs)
@@ -85,8 +67,6 @@ def test_the_fast_form_is_the_method(rows, M, N, top):
     front = problem(6, 2, rows, N, M, D=12, seed=N, front=(2,))  # a batch in front
     both = T.topk_attention(*front[:3], top, *front[3:])
     close(both[1], T.topk_attention(*(x[1] for x in front[:3]), top, *(x[1] for x in front[3:])))
-    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (k, v)]
-    close(T.topk_attention(q, *strided, top, ks, vs), want)
     for h in range(6):  # by hand: one head, one query at a time
         for t in range(rows):
             s = k[h // 3] @ q[h, t]
@@ -96,31 +76,23 @@ def test_the_fast_form_is_the_method(rows, M, N, top):
     for bad in (0, 0.02, "8"):
         with pytest.raises(ValueError, match="top must be a count of rows, at least 1"):
             T.topk_attention(q, k, v, bad)
-    if N == 5000:
-        half = [x.bfloat16() for x in (q, k, v, ks, vs)]
-        exact = T.topk_attention(*(x.double() for x in half[:3]), top, *(x.double() for x in half[3:]))
-        close(stored(*half[1:3]).attend(0, half[0], top, *half[3:]).double(), exact, atol=2e-2, rtol=2e-2)
+    half = [x.bfloat16() for x in (q, k, v, ks, vs)]
+    exact = T.topk_attention(*(x.double() for x in half[:3]), top, *(x.double() for x in half[3:]))
+    close(stored(*half[1:3]).attend(0, half[0], top, *half[3:]).double(), exact, atol=2e-2, rtol=2e-2)
 
 
-def test_merge_and_ties_vectors():
+def test_parts_merge_and_a_part_may_be_empty():
     oa, la, ob, lb, o, l = vector("merge", "out_a", "lse_a", "out_b", "lse_b", "out", "lse")
     close(T.merge_lse(oa, la, ob, lb), (o, l))
     empty = torch.zeros_like(oa), torch.full_like(la, -math.inf)
     close(T.merge_lse(oa, la, *empty), (oa, la))
-    none = T.merge_lse(*empty, *empty)
-    assert (none[0] == 0).all() and (none[1] == -math.inf).all()
-    q, k, lse = vector("ties", "q", "k", "lse")
-    scores, rows = T.search(q.reshape(len(k), -1, q.shape[-1]), k, CASES["ties"]["topk"])
-    close((scores * CASES["ties"]["scale"]).logsumexp(-1).view(lse.shape), lse)
-    assert all(len(set(row)) == CASES["ties"]["topk"] for row in rows.flatten(0, -2).tolist())
+    assert all(torch.equal(a, b) for a, b in zip(T.merge_lse(*empty, *empty), empty, strict=True))
 
 
 @pytest.mark.parametrize("name,s", {
     "random": torch.randn(3, 9001, generator=torch.Generator().manual_seed(0)), "constant": torch.full((2, 5000), 0.25),
-    "two values": (torch.arange(12000) * 7 % 13 > 6).float().view(2, -1), "ascending": torch.arange(7000.0)[None],
+    "ascending": torch.arange(7000.0)[None], "short": torch.rand(2, 3, 17), "double": torch.rand(2, 5000).double(),
     "padded": torch.cat([torch.full((2, 4000), -math.inf), torch.arange(6000.0).view(2, -1)], dim=1),
-    "infinite": torch.cat([torch.full((1, 50), math.inf), torch.zeros(1, 6000)], dim=1), "short": torch.rand(2, 3, 17),
-    "double": torch.rand(2, 5000, dtype=torch.float64),
 }.items())  # fmt: skip
 def test_exact_topk_is_torchs(name, s):
     for k in {0, 1, 2, 13, s.shape[-1] // 100 + 1, s.shape[-1] // 5, s.shape[-1]}:
@@ -128,28 +100,26 @@ def test_exact_topk_is_torchs(name, s):
         assert value.shape == index.shape == (*s.shape[:-1], k) and torch.equal(s.gather(-1, index), value)
         assert torch.equal(value.sort().values, s.topk(k).values.sort().values)
         assert all(len(set(row)) == k for row in index.flatten(0, -2).tolist())
-    with pytest.raises(RuntimeError):
-        T.exact_topk(s, s.shape[-1] + 1)
-
-
-# ---- the store
 
 
 def test_a_step_is_handed_the_chosen_rows_alone():
     q, k, v, ks, vs = problem(N=1000, dtype=torch.float32)
-    store = stored(k, v)
-    before, cases = k.clone(), store.layers[0][1]
+    store, before = stored(k, v), k.clone()
     k.zero_()
     close(store.layers[0][0], before)  # a copy
     scores, values = store.rows(0, q.view(2, 2, 16), 20)
     assert scores.nbytes + values.nbytes == 4 * 20 * (4 + 4 * 16) and store.nbytes == 2 * 2 * 1000 * 16 * 4
     read = T.search(q.view(2, 2, 16), before, 20)[1].flatten(1)
-    unread = torch.ones(2, 1000, dtype=torch.bool).scatter(1, read, False)
     want = store.attend(0, q, 20, ks, vs)
-    cases[unread] = math.nan
+    store.layers[0][1][torch.ones(2, 1000, dtype=torch.bool).scatter(1, read, False)] = math.nan
     close(store.attend(0, q, 20, ks, vs), want)
     size = T.memory(2**14)
     assert size["handed"] == 8 * 163 * (4 + 4 * 64) and size["handed"] < size["peak"] < size["dense"] / 4
+
+
+@functools.cache
+def tiny(dtype=torch.float64):
+    return T.Llama.from_pretrained(DATA / "tiny_llama", dtype)
 
 
 def tiny_store(model, n=383, text="", **how):
@@ -161,7 +131,7 @@ def test_save_and_load(tmp_path, monkeypatch):
     store = tiny_store(model, text="a document")
     store.save(path)
     back = T.KVStore.load(path, model)
-    assert back.n == 383 and back.meta == store.meta and back.nbytes == store.nbytes and os.listdir(tmp_path) == ["c.pt"]
+    assert back.n == 383 and back.meta == store.meta and os.listdir(tmp_path) == ["c.pt"]
     assert torch.equal(T.decode(model, IDS[383:], back, 8), T.decode(model, IDS[383:], store, 8))
     for other in (path, tmp_path):
         with pytest.raises(BadInput, match="nothing of yours is overwritten"):
@@ -175,53 +145,34 @@ def test_save_and_load(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="other weights, settings"):
         T.decode(T.Llama({**model.config, "rope_theta": 1e4}), IDS[383:], back, 8)
     raw, damaged = path.read_bytes(), tmp_path / "d.pt"
-    for content in (raw[:5000], b"", raw[:-100], {}, {"meta": 1, "layers": []}, {"meta": {}, "layers": [(IDS, IDS[:3])]}):
+    for content in (raw[:5000], b"", raw[:-100], {}, {"meta": {}, "layers": [(IDS[:, None], IDS[:3, None])]}):
         damaged.write_bytes(content) if isinstance(content, bytes) else torch.save(content, damaged)
         with pytest.raises(BadInput, match="no whole saved context"):
             T.KVStore.load(damaged)
-    with pytest.raises(BadInput, match="FileNotFoundError"):
-        T.KVStore.load(tmp_path / "none")
-
-    def full(*_):
-        raise RuntimeError("PytorchStreamWriter failed writing file")
-
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(torch, "save", lambda _, new: new.write_text("half") and IDS.view(7))  # RuntimeError: disk full
     with pytest.raises(OSError, match="cannot write .*Free space"):
         store.save(tmp_path / "e.pt")
-    assert sorted(os.listdir(tmp_path)) == ["c.pt", "d.pt"]
-
-
-# ---- the model
-
-
-@functools.cache
-def tiny(dtype=torch.float64):
-    pytest.importorskip("safetensors")
-    return T.Llama.from_pretrained(DATA / "tiny_llama", dtype)
+    assert sorted(os.listdir(tmp_path)) == ["c.pt", "d.pt"] and path.read_bytes() == raw
 
 
 def test_tiny_llama_dense_in_chunks_and_unrolled():
     model, store = tiny(), tiny_store(tiny())
-    close(model.inv_freq.double(), EXPECTED["inv_freq"].double(), atol=1e-9, rtol=0)
     close(model(IDS[None])[0, 383:], EXPECTED["full_logits"].double(), atol=1e-4, rtol=0)
-    close(store.layers[0][0], EXPECTED["cache_k_l0"].double(), atol=2e-3, rtol=1e-3)  # float16 copies
-    close(store.layers[2][1], EXPECTED["cache_v_l2"].double(), atol=2e-3, rtol=1e-3)
-    for how in ({"chunk": 50}, {"chunk": 382}, {"mlp_splits": 7}, {"chunk": 100, "mlp_splits": 3}, {"mlp_splits": 999}):
-        for a, b in zip(tiny_store(model, **how).layers, store.layers, strict=True):
-            close(a, b)
+    close(store.layers[2][1], EXPECTED["cache_v_l2"].double(), atol=2e-3, rtol=1e-3)  # a float16 copy
     pieces = []
     hook = model.layers[0].mlp["gate_proj"].register_forward_hook(lambda m, a, y: pieces.append(y.shape[1]))
-    tiny_store(model, mlp_splits=7)
+    for how in ({"mlp_splits": 7}, {"chunk": 50}, {"chunk": 100, "mlp_splits": 3}, {"mlp_splits": 999}):
+        for a, b in zip(tiny_store(model, **how).layers, store.layers, strict=True):
+            close(a, b)
     hook.remove()
-    assert pieces == [54] * 7 + [5]  # T // splits, and a shorter last one
+    assert pieces[:9] == [54] * 7 + [5, 50]  # T // splits, and a shorter last one
 
 
-@pytest.mark.parametrize("k", (1, 4, 8, 38, 383))
+@pytest.mark.parametrize("k", (1, 8, 38, 383))
 def test_tiny_llama_topk(k):
     model, store, suffix = tiny(), tiny_store(tiny()), {}
     logits = T.decode(model, IDS[383:], store, k)
     close(logits, EXPECTED[f"topk64_logits_k{k}"].double(), atol=1e-6, rtol=0)
-    close(logits.float(), EXPECTED[f"topk_logits_k{k}"].float(), atol=2e-4, rtol=0)
     close(torch.cat([T.decode(model, i[None], store, [k] * 3, suffix) for i in IDS[383:]]), logits)  # a step at a time
     assert store.n == 383 and len(suffix) == 3 and suffix[2][0].shape[1] == 17
     if k < 383:
@@ -231,14 +182,13 @@ def test_tiny_llama_topk(k):
 
 def test_generate_long_questions_and_limits():
     model, store = tiny(), tiny_store(tiny(), 59)
-    ids = torch.cat([IDS[:60], new := T.generate(model, IDS[59:60], "dense", 8, store)])
-    assert torch.equal(model(ids[None])[0, 59:-1].argmax(-1), new)  # dense: the plain model's greedy choice
+    new = T.generate(model, IDS[59:60], "dense", 8, store)
+    assert torch.equal(model(torch.cat([IDS[:60], new])[None])[0, 59:-1].argmax(-1), new)  # the plain model's choice
     few = T.generate(model, IDS[59:60], 5, 8, store)
     assert torch.equal(T.decode(model, torch.cat([IDS[59:60], few]), store, 5)[:-1].argmax(-1), few)
     assert T.generate(model, IDS[59:60], 5, 8, store, stop={int(few[2])}).tolist() == few[:3].tolist()
     close(T.decode(model, IDS[59:400], store, 1.0), model(IDS[None])[0, 59:])  # 64 tokens at a time
-    one = T.generate(model, IDS[:1], 5, 3, tiny_store(model, 0))  # an empty prefix
-    assert one[0] == model(IDS[None, :1])[0, -1].argmax()
+    assert T.generate(model, IDS[:1], 5, 3, tiny_store(model, 0))[0] == model(IDS[None, :1])[0, -1].argmax()
     for k, words in (([1, 2], "or 3, one for each layer"), (0, "an int >= 1"), (1.5, "got 1.5"), (True, "got True")):
         with pytest.raises(BadInput, match=words):
             T.decode(model, IDS[:3], store, k)
@@ -247,21 +197,16 @@ def test_generate_long_questions_and_limits():
             act()
     assert [T.resolve_k(k, 2048) for k in ("8", 0.02, "0.02", "dense", 5000, 1e-9)] == [8, 41, 41, 2048, 2048, 1]
     assert T.layer_budgets(40, 5, 0.5) == [20, 30, 40, 50, 60] and T.layer_budgets(1, 3, 0.9) == [1, 1, 2]
-    broken = T.KVStore(dtype=torch.float64)
     for layer in range(3):
-        broken.put(layer, *(x * math.nan for x in store.layers[layer]))
+        store.put(layer, *(x * math.nan for x in store.layers[layer]))
     with pytest.raises(BadInput, match="NaN"):
-        T.generate(model, IDS[:3], 5, 2, broken)
-
-
-# ---- experiments
+        T.generate(model, IDS[:3], 5, 2, store)
 
 
 def test_toy_rows():
     for task, counts in (("single", [1] * 8), ("multivalue", [1] * 32), ("counting", [2] * 24 + [6] * 8)):
         ids, names, right = T.toy_rows(task, 300, 4, torch.Generator().manual_seed(0))
-        assert ids.shape == (4, 316) and names.shape == right.shape == (4, 8, 16)
-        assert (right.sum(-1) == (4 if task == "multivalue" else 1)).all()
+        assert (right.sum(-1) == (4 if task == "multivalue" else 1)).all() and right.shape == (4, 8, 16)
         for row, name, good in zip(ids.tolist(), names, right, strict=True):
             planted = {i: row[:300].count(i) for i in row[:300] if i < T.QUERY}
             assert sorted(planted.values()) == counts and len({i // 16 for i in planted}) == 8
@@ -275,30 +220,39 @@ def test_baselines_do_not_look():
     q, k, *_ = problem(N=200)
     assert sorted(T.first_and_recent(q.view(2, 2, 16), k, 10)[1][1, 1].tolist()) == [0, 1, 2, 3, *range(194, 200)]
     scores, rows = T.random_rows(q.view(2, 2, 16), k, 10)
-    assert torch.equal(T.key_scores(q.view(2, 2, 16), k).gather(-1, rows), scores) and len(set(rows[0, 0].tolist())) == 10
+    close(T.key_scores(q.view(2, 2, 16), k).gather(-1, rows), scores)
+    assert len(set(rows[0, 0].tolist())) == 10 and not torch.equal(rows[0], rows[1])
 
 
-def judged(two=0.9, near=0.2, random=0.2, dense=0.9, real=(1.0, 0.0, 1.0, 1.0, 1.0)):
-    good, row = [0.9, 0.5, 0.6, 0.9, 0.2, 0.2], [dense, 0.5, 0.6, two, near, random]
-    found = {(task, n): x for task in ("single", "multivalue") for n, x in ((2048, good), (8192, row))}
-    return T.judge(found | {("counting", n): [0.0] * 6 for n in (2048, 8192)}, list(real))
+def verdict(folder, monkeypatch, real=(1.0, 0.0, 1.0, 1.0, 1.0), **changes) -> dict:
+    """claim.json of a demo whose columns score as given, at 8192 tokens; at 2048 all is well."""
+    good = {"dense": 0.9, "k = 1": 0.5, "k = 8": 0.6, "2 %": 0.9, "first+recent 2 %": 0.2, "random 2 %": 0.2}
+    monkeypatch.setattr(T, "memory", lambda n: {"keys": n, "dense": 4, "handed": 1, "peak": 2})
+    monkeypatch.setattr(T, "train_toy", lambda *_: None)
+    monkeypatch.setattr(T, "score_tasks", lambda *_: {"single": list(real)})
+    score = lambda n, column: {**good, **(changes if n == 8192 else {})}[column]
+    monkeypatch.setattr(T, "toy_accuracy", lambda m, c, task, n, count, cols, w: [score(n, x) for x in cols])
+    T.main(T.Config(out=str(folder), device="cpu"))
+    return json.loads((folder / "claim.json").read_text())
 
 
-def test_the_verdict_can_fail():
-    assert judged()[0] and judged(real=())[0] and "2 % of the rows keep 1.00 of dense" in judged()[1]
-    for wrong in ({"two": 0.8}, {"near": 0.5}, {"random": 0.5}, {"real": (1.0, 0, 0, 0, 0.9)}, {"real": (0.0, 0, 0, 0, 0.0)},
-                  {"dense": 0.1, "two": 0.1, "near": 0.0, "random": 0.0}, {"dense": 1.0, "two": 0.9},
-                  {"near": 0.9, "two": 0.2}):  # fmt: skip
-        assert not judged(**wrong)[0], wrong
+def test_the_verdict_can_fail(tmp_path, monkeypatch):
+    claim = verdict(tmp_path, monkeypatch)
+    assert claim["holds"] and "2 % of the rows keep 1.00 of dense" in claim["here"]
+    for wrong in ({"2 %": 0.8}, {"2 %": 0.2}, {"first+recent 2 %": 0.5}, {"random 2 %": 0.5}, {"dense": 1.0},
+                  {"dense": 0.2, "2 %": 0.2, "first+recent 2 %": 0.0, "random 2 %": 0.0},
+                  {"real": (1.0, 0, 0, 0, 0.9)}, {"real": (0.0, 0, 0, 0, 0.0)}):  # fmt: skip
+        assert not verdict(tmp_path, monkeypatch, **wrong)["holds"], wrong
 
 
 def test_the_demo_runs_and_a_model_that_retrieves_nothing_proves_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(T, "memory", lambda n: {"keys": n, "dense": 4, "handed": 1, "peak": 2})
+    full = T.toy_accuracy
+    monkeypatch.setattr(T, "toy_accuracy", lambda m, c, task, n, count, *rest: full(m, c, task, 512, 4, *rest))
     T.main(T.Config(quick=True, steps=(20, 1), out=str(tmp_path), device="cpu"))
     said, lines = capsys.readouterr().out, metrics(tmp_path)
     assert "quick: no verdict" in said and "first+recent 2 %" in said and not (tmp_path / "claim.json").exists()
     found = {(x["task"], 2048): [x[c] for c in (*T.EXACT, *T.BASELINES)] for x in lines if "task" in x}
-    assert len(found) == 3 and lines[-1]["handed"] == 1 and not T.judge(found, [])[0]
+    assert len(found) == 3 and lines[-1]["handed"] < lines[-1]["dense"] and not T.judge(found, [])[1]
 
 
 @pytest.mark.parametrize("task", T.ROOM)
@@ -312,16 +266,12 @@ def test_ruler(task):
         counts = sorted(words.count(w) for w in set(words))
         assert counts[-10:] == [words.count(answers[0])] * 10 and counts[-11] < counts[-10]
     elif task != "vt":
-        assert all(prompt.count(a) == 1 for a in answers)
         assert prompt.count("Please note that") == {"multikey": 4, "multivalue": 4}.get(task, 1)
     with pytest.raises(BadInput, match="too few for task"):
         T.ruler(task, 150, 0)
 
 
-# ---- a real model: its tokenizer, its template, its answers
-
-
-def model_folder(folder: Path, bos="<s>", extra=(), template=None, doubled=False) -> Path:
+def model_folder(folder: Path, bos="<s>", extra=(), template=None) -> Path:
     """A tiny model whose tokenizer knows bytes and puts BOS in front."""
     tk, save = pytest.importorskip("tokenizers"), pytest.importorskip("safetensors.torch").save_file
     folder.mkdir()
@@ -342,9 +292,9 @@ def model_folder(folder: Path, bos="<s>", extra=(), template=None, doubled=False
 
 def test_prompts_are_the_models_own(tmp_path):
     chat = lambda name, **how: T.Chat(T.Config("eval", model=str(model_folder(tmp_path / name, **how))), W.device)
-    base = chat("base", bos="<|begin_of_text|>", extra=("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"))
-    assert base.tail == "" and base.encode("hi")[0] == 1 and 1 not in base.encode("hi", first=False)
     special = ("<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>")
+    base = chat("base", bos="<|begin_of_text|>", extra=special)
+    assert base.tail == "" and base.encode("hi")[0] == 1 and 1 not in base.encode("hi", first=False)
     llama3 = chat("l3", bos="<|begin_of_text|>", extra=special, template="{{ '<|start_header_id|>' }}")
     assert llama3.encode(llama3.head + "hi" + llama3.tail).tolist().count(1) == 1 and llama3.stop == {2, 3, 6}
     with pytest.raises(BadInput, match="chat template .* is unknown here"):
@@ -362,29 +312,26 @@ def test_generate_from_a_document_and_from_its_saved_context(tmp_path, capsys):
     argv = ["topk_attention.py", "generate", "--model", str(folder), "--prompt", "a question", "--k", "9"]
     argv += ["--new-tokens", "12", "--device", "cpu", "--document", str(document)]
     assert finish(start_ranks(2, *argv))[0].split("(")[0].strip() == plain.split("(")[0].strip()  # slices, same answer
-    document.write_text("another text")
-    with pytest.raises(BadInput, match="is of another text than"):
-        run(load_context=str(tmp_path / "c.pt"), document=str(document))
-
-
-evaluation = lambda folder, out, **how: T.Config(
-    **{"mode": "eval", "model": str(folder), "context": 700, "ks": ("4",), "tasks": ("single", "vt"), "samples": 2}
-    | {"out": str(out), "device": "cpu", **how}
-)
+    for text, words in ((b"another text", "is of another text than"), (b"\xff\xfe", "is not UTF-8")):
+        document.write_bytes(text)
+        with pytest.raises(BadInput, match=words):
+            run(load_context=str(tmp_path / "c.pt"), document=str(document))
 
 
 def test_eval_resumes_where_it_was_killed(tmp_path):
     folder, whole, part = model_folder(tmp_path / "m"), tmp_path / "whole", tmp_path / "part"
-    T.main(evaluation(folder, whole))
+    common = {"mode": "eval", "model": str(folder), "context": 700, "ks": ("4",), "tasks": ("single", "vt")}
+    run = lambda out, samples=2, **how: T.main(T.Config(**common, out=str(out), samples=samples, device="cpu", **how))
+    run(whole)
     part.mkdir()
     lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
     (part / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:20])  # the last line was cut
-    T.main(evaluation(folder, part, resume=True))
+    run(part, resume=True)
     assert metrics(part) == metrics(whole) and len(metrics(whole)) == 8
-    T.main(evaluation(folder, part, resume=True, samples=3))
+    run(part, resume=True, samples=3)
     assert len(metrics(part)) == 12
     with pytest.raises(BadInput, match="--slope 0.0"):
-        T.main(evaluation(folder, part, resume=True, slope=0.5))
+        run(part, resume=True, slope=0.5)
 
 
 @pytest.mark.weights
@@ -399,26 +346,25 @@ def test_smollm2_and_its_needle(tmp_path, monkeypatch):
     assert [x["score"] for x in metrics(tmp_path)] == [1.0, 1.0]
 
 
-# ---- ranks, bench, the command line
-
-
-def sharded(rank, size, tmp):
-    for seed, (N, M, top) in enumerate(((101, 3, 9), (40, 1, 30), (3, 2, 2), (64, 0, 64))):
-        q, k, v, ks, vs = problem(Hq=4, Hk=2, rows=min(2, max(M, 1)), N=N, M=M, seed=seed)
-        k[:] = k[:, :1] if seed == 3 else k  # all rows tie
-        cut = [0, *sorted((N * i * i) // size**2 for i in range(1, size)), N]  # uneven; a rank may hold nothing
-        own, suffix = slice(cut[rank], cut[rank + 1]), [ks, vs] if M else []
-        out = T.sharded_topk_attention(q, k[:, own], v[:, own], top, *suffix)
-        close(out, T.topk_attention(q, k, v, top, *suffix))
-        every = [torch.empty_like(out) for _ in range(size)]
-        dist.all_gather(every, out)
-        assert all(torch.equal(every[0], x) for x in every)
-    model = T.Llama(T.TOY).requires_grad_(False)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(p.numel()))
-    store, whole = (T.prefill(model, IDS[:200], T.KVStore(group=g)) for g in (dist.group.WORLD, None))
-    assert store.n == 200 and store.nbytes * size == whole.nbytes
-    close(T.decode(model, IDS[200:210], store, 7), T.decode(model, IDS[200:210], whole, 7), atol=1e-4, rtol=1e-4)
+def sharded(_, size):
+    pairs = [dist.new_group([i, i + 1]) for i in range(0, size, 2)]
+    for group in (pairs[dist.get_rank() // 2], dist.group.WORLD):
+        rank, n = dist.get_rank(group), dist.get_world_size(group)
+        for seed, (N, M, top) in enumerate(((101, 3, 9), (40, 1, 30), (3, 2, 2), (64, 0, 64), (0, 2, 5))):
+            q, k, v, ks, vs = problem(Hq=4, Hk=2, rows=min(2, max(M, 1)), N=N, M=M, seed=seed)
+            k[:] = k[:, :1] if seed == 3 else k  # all rows tie
+            own = slice(N * rank * rank // n**2, N * (rank + 1) ** 2 // n**2)  # uneven; a rank may hold nothing
+            out = T.sharded_topk_attention(q, k[:, own], v[:, own], top, *([ks, vs] if M else []), group=group)
+            close(out, T.topk_attention(q, k, v, top, *([ks, vs] if M else [])))
+            every = [torch.empty_like(out) for _ in range(n)]
+            dist.all_gather(every, out, group=group)
+            assert all(torch.equal(every[0], x) for x in every)
+        model = T.Llama(T.TOY).requires_grad_(False)
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(p.numel()))
+        store, whole = (T.prefill(model, IDS[:200], T.KVStore(group=g)) for g in (group, None))
+        assert store.n == 200 and store.nbytes * n == whole.nbytes
+        close(T.decode(model, IDS[200:210], store, 7), T.decode(model, IDS[200:210], whole, 7), atol=1e-4, rtol=1e-4)
     columns = {"dense": (1.0, T.search), "k": (9, T.search), "random": (9, T.random_rows)}
     get = lambda w: T.toy_accuracy(model, T.Config(), "counting", 100, 5, columns, w)
     mine, alone = get(cluster.World(rank, size, W.device)), get(W)  # every rank does all of it, and it is summed
@@ -426,29 +372,24 @@ def sharded(rank, size, tmp):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", (2, 4))
-def test_any_number_of_ranks_gives_the_same(size, tmp_path):
-    run_ranks(sharded, size, tmp_path, str(tmp_path))
+def test_two_and_four_ranks_give_the_same_as_one(tmp_path):
+    run_ranks(sharded, 4, tmp_path)
 
 
 def test_bench_runs(tmp_path, capsys):
-    T.main(T.Config("bench", keys=3000, out=str(tmp_path), device="cpu"))
-    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()[3:]]
-    assert len(rows) == 5 and all(float(x) > 0 for row in rows for x in row[1:] if x)
-    recall = {row[0].strip(): float([x for x in row if x][-2]) for row in rows}
-    assert recall["top-k, keys on the cpu"] == 1 and recall["top-k, k-means lists as released"] > 0.9
-    assert float(rows[3][-1]) < float(rows[0][-1]) / 5
-    k = torch.randn(1, 20_000, 16, generator=torch.Generator().manual_seed(0))
-    scores, at = T.released_lists(k)(q := k[:, 40:43], k, 50)
-    close(T.key_scores(q, k).gather(-1, at), scores)
-    assert 0.5 < torch.isin(at, T.search(q, k, 50)[1]).float().mean() < 1
+    T.main(T.Config("bench", keys=12_000, out=str(tmp_path), device="cpu"))
+    rows = [[x.strip() for x in line.split("  ") if x] for line in capsys.readouterr().out.splitlines()[3:]]
+    recall, handed = ({row[0]: float(row[i]) for row in rows} for i in (-2, -1))
+    assert len(rows) == 5 and recall["top-k, keys on the cpu"] == 1 > recall["top-k, k-means lists as released"] > 0.5
+    assert all((mb < 10) == name.startswith("top-k") for name, mb in handed.items())
 
 
 @pytest.mark.parametrize("line,words", (
-    ("generate --prompt x --k 2.5", "k must be an int"), ("eval --ks 0.02 x", "got 'x'"), ("demo --k 8", "does not read"),
+    ("generate --prompt x --k 2.5", "k must be an int"), ("eval --ks 0.02 x", "got 'x'"), ("demo --k 8", "not read"),
     ("demo --steps 5", "two counts"), ("eval --samples 0", "at least 1"), ("eval --slope 1.0", "[0, 1)"),
-    ("eval --tasks qa", "there are single, multikey"), ("generate", "pass --prompt"), ("bench --keys 9", "at least 64"),
-    ("generate --prompt x --document none", "no such file"), ("generate --prompt x --save-context .", "is there"),
+    ("eval --tasks qa", "there are single, multi"), ("generate", "pass --prompt"), ("bench --keys 9", "at least 64"),
+    ("generate --prompt x --document none", "no such file"), ("generate --prompt x --save-context .", "a new file"),
+    ("generate --prompt x --save-context none/c.pt", "in a folder that is there"),
 ))  # fmt: skip
 def test_what_is_refused_before_anything_runs(line, words, capsys):
     with pytest.raises(SystemExit):
