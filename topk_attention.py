@@ -41,7 +41,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from common import cli, cluster, loop, report
@@ -172,9 +171,7 @@ def released_lists(k: Tensor):
 # %% over processes: each holds a slice of the sequence; only scores and partial outputs travel
 
 
-def sharded_topk_attention(
-    q: Tensor, k: Tensor, v: Tensor, top: int, k_suffix: Tensor = None, v_suffix: Tensor = None, group=None
-) -> Tensor:
+def sharded_topk_attention(q: Tensor, k: Tensor, v: Tensor, top, k_suffix=None, v_suffix=None, group=None) -> Tensor:
     """topk_attention whose prefix is cut over the ranks of `group`: k, v (Hk, n, D) are this rank's rows, in order;
     q and the suffix are equal on all, and so is the result. Collective. The ranks' best scores are gathered; each then
     attends to what survives of its own, and the parts are merged."""
@@ -372,8 +369,11 @@ class Llama(nn.Module):
 
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of the last T of S rows, row i to keys 0..S-T+i: q (B, Hq, T, D), k, v (B, Hk, S, D)."""
-    T, S = q.shape[2], k.shape[2]
-    mask = {"is_causal": True} if T == S else {"attn_mask": causal_lower_right(T, S)}  # else it aligns left
+    mask, T, S = {"is_causal": True}, q.shape[2], k.shape[2]
+    if T < S:  # is_causal would align the rows with the first T keys
+        from torch.nn.attention.bias import causal_lower_right  # takes 2 s, so it waits until it is needed
+
+        mask = {"attn_mask": causal_lower_right(T, S)}
     return sdpa(q, k, v, **mask, enable_gqa=q.shape[1] != k.shape[1])
 
 

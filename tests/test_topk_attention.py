@@ -3,13 +3,12 @@
 import functools
 import json
 import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import finish, run_ranks, start_ranks
+from ranks import run_ranks
 
 import topk_attention as T
 from common import cli, cluster
@@ -25,68 +24,57 @@ EXPECTED = read_tensors(DATA / "tiny_llama_expected.safetensors")
 IDS = EXPECTED["input_ids"].long()
 W = cluster.World(0, 1, torch.device("cpu"))
 vector = lambda case, *names, dtype=torch.float64: [VECTORS[f"{case}.{n}"].to(dtype) for n in names]
+tiny = functools.cache(lambda dtype=torch.float64: T.Llama.from_pretrained(DATA / "tiny_llama", dtype))
+tiny_store = lambda model, n=383, **how: T.prefill(model, IDS[:n], T.KVStore(dtype=model.norm.weight.dtype), **how)
+stored = lambda k, v: (store := T.KVStore(dtype=k.dtype)).put(0, k, v) or store
 metrics = lambda folder: [json.loads(x) for x in Path(folder, "metrics.jsonl").read_text().splitlines()[1:]]
 
 
 def problem(Hq=4, Hk=2, rows=1, N=200, M=3, D=16, seed=0, dtype=torch.float64, front=()):
-    """q, k, v and the suffix, random."""
     g = torch.Generator().manual_seed(seed)
     shapes = ((Hq, rows, D), *[(Hk, N, D)] * 2, *[(Hk, M, D)] * 2)
     return [torch.randn(*front, *s, generator=g, dtype=torch.float64).to(dtype) for s in shapes]
-
-
-def stored(k, v):
-    store = T.KVStore(dtype=k.dtype)
-    store.put(0, k, v)
-    return store
 
 
 @pytest.mark.parametrize("dtype,tol", ((torch.float64, 1e-10), (torch.float32, 2e-5)))
 @pytest.mark.parametrize("case", PLAIN)
 def test_vectors(case, dtype, tol):
     c = CASES[case]
-    q, k, v, ks, vs = vector(case, "q", "k", "v", "ks", "vs", dtype=dtype)
+    q, k, v, ks, vs, want = vector(case, "q", "k", "v", "ks", "vs", "out", dtype=dtype)
     q = q * (c["scale"] * math.sqrt(c["D"]))  # the vectors' scale in place of D^-0.5
-    want, full = vector(case, "out", "full_out", dtype=dtype)
     close(T.topk_attention(q, k, v, c["topk"], *([ks, vs] if c["M"] else [])), want, atol=tol, rtol=tol)
     suffix = (x.view(len(k), -1, c["D"]) for x in (ks, vs))
     close(stored(k, v).attend(0, q, c["topk"], *suffix), want, atol=tol, rtol=tol)
     _, rows = T.search(q.reshape(len(k), -1, c["D"]), k, min(c["topk"], c["N"]))
     assert torch.equal(rows.reshape(*q.shape[:2], -1).sort().values, VECTORS[f"{case}.idx"].long())
-    if case in ("k_full", "k_gt_n"):
-        close(want, full, atol=tol, rtol=tol)
-    elif case != "big_logits":  # where one weight is 1
-        assert (want - full).abs().max() > 100 * tol  # the choice matters in these vectors
 
 
 @pytest.mark.parametrize("rows,M,N,top", ((1, 1, 50, 7), (5, 9, 300, 20), (1, 3, 5000, 90), (3, 4, 0, 5)))
 def test_the_fast_form_is_the_method(rows, M, N, top):
-    q, k, v, ks, vs = problem(6, 2, rows, N, M, D=12, seed=N)
-    want = T.topk_attention(q, k, v, top, ks, vs)
+    batch = problem(6, 2, rows, N, M, D=12, seed=N, front=(2,))
+    q, k, v, ks, vs = (x[1] for x in batch)
+    want = T.topk_attention(*batch[:3], top, *batch[3:])[1]
+    close(T.topk_attention(q, k, v, top, ks, vs), want)
     close(stored(k, v).attend(0, q, top, ks, vs), want)
-    front = problem(6, 2, rows, N, M, D=12, seed=N, front=(2,))  # a batch in front
-    both = T.topk_attention(*front[:3], top, *front[3:])
-    close(both[1], T.topk_attention(*(x[1] for x in front[:3]), top, *(x[1] for x in front[3:])))
     for h in range(6):  # by hand: one head, one query at a time
         for t in range(rows):
             s = k[h // 3] @ q[h, t]
             best, seen = s.argsort(descending=True)[:top], M - rows + t + 1
             x = torch.cat([s[best], ks[h // 3, :seen] @ q[h, t]]) / math.sqrt(12)
             close(want[h, t], x.softmax(0) @ torch.cat([v[h // 3][best], vs[h // 3, :seen]]))
-    for bad in (0, 0.02, "8"):
-        with pytest.raises(ValueError, match="top must be a count of rows, at least 1"):
-            T.topk_attention(q, k, v, bad)
+    with pytest.raises(ValueError, match="top must be a count of rows, at least 1"):
+        T.topk_attention(q, k, v, 0.02)
     half = [x.bfloat16() for x in (q, k, v, ks, vs)]
     exact = T.topk_attention(*(x.double() for x in half[:3]), top, *(x.double() for x in half[3:]))
     close(stored(*half[1:3]).attend(0, half[0], top, *half[3:]).double(), exact, atol=2e-2, rtol=2e-2)
 
 
 def test_parts_merge_and_a_part_may_be_empty():
-    oa, la, ob, lb, o, l = vector("merge", "out_a", "lse_a", "out_b", "lse_b", "out", "lse")
-    close(T.merge_lse(oa, la, ob, lb), (o, l))
-    empty = torch.zeros_like(oa), torch.full_like(la, -math.inf)
-    close(T.merge_lse(oa, la, *empty), (oa, la))
-    assert all(torch.equal(a, b) for a, b in zip(T.merge_lse(*empty, *empty), empty, strict=True))
+    *parts, o, l = vector("merge", "out_a", "lse_a", "out_b", "lse_b", "out", "lse")
+    close(T.merge_lse(*parts), (o, l))
+    empty = torch.zeros_like(o), torch.full_like(l, -math.inf)
+    for part in ((o, l), empty):
+        close(T.merge_lse(*part, *empty), part)
 
 
 @pytest.mark.parametrize("name,s", {
@@ -104,26 +92,19 @@ def test_exact_topk_is_torchs(name, s):
 
 def test_a_step_is_handed_the_chosen_rows_alone():
     q, k, v, ks, vs = problem(N=1000, dtype=torch.float32)
-    store, before = stored(k, v), k.clone()
-    k.zero_()
-    close(store.layers[0][0], before)  # a copy
+    store = stored(k, v)
     scores, values = store.rows(0, q.view(2, 2, 16), 20)
     assert scores.nbytes + values.nbytes == 4 * 20 * (4 + 4 * 16) and store.nbytes == 2 * 2 * 1000 * 16 * 4
-    read = T.search(q.view(2, 2, 16), before, 20)[1].flatten(1)
+    read = T.search(q.view(2, 2, 16), k, 20)[1].flatten(1)
     want = store.attend(0, q, 20, ks, vs)
     store.layers[0][1][torch.ones(2, 1000, dtype=torch.bool).scatter(1, read, False)] = math.nan
     close(store.attend(0, q, 20, ks, vs), want)
+    assert sorted(T.first_and_recent(q.view(2, 2, 16), k, 9)[1][1, 1].tolist()) == [0, 1, 2, 3, *range(995, 1000)]
+    scores, rows = T.random_rows(q.view(2, 2, 16), k, 9)  # the baselines do not look at the keys
+    close(T.key_scores(q.view(2, 2, 16), k).gather(-1, rows), scores)
+    assert len(set(rows[0, 0].tolist())) == 9 and not torch.equal(rows[0], rows[1])
     size = T.memory(2**14)
     assert size["handed"] == 8 * 163 * (4 + 4 * 64) and size["handed"] < size["peak"] < size["dense"] / 4
-
-
-@functools.cache
-def tiny(dtype=torch.float64):
-    return T.Llama.from_pretrained(DATA / "tiny_llama", dtype)
-
-
-def tiny_store(model, n=383, text="", **how):
-    return T.prefill(model, IDS[:n], T.KVStore(dtype=model.norm.weight.dtype), text=text, **how)
 
 
 def test_save_and_load(tmp_path, monkeypatch):
@@ -131,7 +112,7 @@ def test_save_and_load(tmp_path, monkeypatch):
     store = tiny_store(model, text="a document")
     store.save(path)
     back = T.KVStore.load(path, model)
-    assert back.n == 383 and back.meta == store.meta and os.listdir(tmp_path) == ["c.pt"]
+    assert back.n == 383 and back.meta == store.meta and [*tmp_path.iterdir()] == [path]
     assert torch.equal(T.decode(model, IDS[383:], back, 8), T.decode(model, IDS[383:], store, 8))
     for other in (path, tmp_path):
         with pytest.raises(BadInput, match="nothing of yours is overwritten"):
@@ -152,20 +133,16 @@ def test_save_and_load(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", lambda _, new: new.write_text("half") and IDS.view(7))  # RuntimeError: disk full
     with pytest.raises(OSError, match="cannot write .*Free space"):
         store.save(tmp_path / "e.pt")
-    assert sorted(os.listdir(tmp_path)) == ["c.pt", "d.pt"] and path.read_bytes() == raw
+    assert sorted(tmp_path.iterdir()) == [path, damaged] and path.read_bytes() == raw
 
 
 def test_tiny_llama_dense_in_chunks_and_unrolled():
     model, store = tiny(), tiny_store(tiny())
     close(model(IDS[None])[0, 383:], EXPECTED["full_logits"].double(), atol=1e-4, rtol=0)
     close(store.layers[2][1], EXPECTED["cache_v_l2"].double(), atol=2e-3, rtol=1e-3)  # a float16 copy
-    pieces = []
-    hook = model.layers[0].mlp["gate_proj"].register_forward_hook(lambda m, a, y: pieces.append(y.shape[1]))
     for how in ({"mlp_splits": 7}, {"chunk": 50}, {"chunk": 100, "mlp_splits": 3}, {"mlp_splits": 999}):
         for a, b in zip(tiny_store(model, **how).layers, store.layers, strict=True):
             close(a, b)
-    hook.remove()
-    assert pieces[:9] == [54] * 7 + [5, 50]  # T // splits, and a shorter last one
 
 
 @pytest.mark.parametrize("k", (1, 8, 38, 383))
@@ -175,23 +152,19 @@ def test_tiny_llama_topk(k):
     close(logits, EXPECTED[f"topk64_logits_k{k}"].double(), atol=1e-6, rtol=0)
     close(torch.cat([T.decode(model, i[None], store, [k] * 3, suffix) for i in IDS[383:]]), logits)  # a step at a time
     assert store.n == 383 and len(suffix) == 3 and suffix[2][0].shape[1] == 17
-    if k < 383:
-        assert (logits - EXPECTED["full_logits"]).abs().max() > 0.05
-        assert (T.decode(model, IDS[383:], store, [k, k, k + 9]) - logits).abs().max() > 1e-3
+    assert k == 383 or (logits - EXPECTED["full_logits"]).abs().max() > 0.05
+    assert k == 383 or (T.decode(model, IDS[383:], store, [k, k, k + 9]) - logits).abs().max() > 1e-3
 
 
 def test_generate_long_questions_and_limits():
     model, store = tiny(), tiny_store(tiny(), 59)
     new = T.generate(model, IDS[59:60], "dense", 8, store)
     assert torch.equal(model(torch.cat([IDS[:60], new])[None])[0, 59:-1].argmax(-1), new)  # the plain model's choice
-    few = T.generate(model, IDS[59:60], 5, 8, store)
-    assert torch.equal(T.decode(model, torch.cat([IDS[59:60], few]), store, 5)[:-1].argmax(-1), few)
-    assert T.generate(model, IDS[59:60], 5, 8, store, stop={int(few[2])}).tolist() == few[:3].tolist()
+    assert T.generate(model, IDS[59:60], "dense", 8, store, stop={int(new[2])}).tolist() == new[:3].tolist()
     close(T.decode(model, IDS[59:400], store, 1.0), model(IDS[None])[0, 59:])  # 64 tokens at a time
     assert T.generate(model, IDS[:1], 5, 3, tiny_store(model, 0))[0] == model(IDS[None, :1])[0, -1].argmax()
-    for k, words in (([1, 2], "or 3, one for each layer"), (0, "an int >= 1"), (1.5, "got 1.5"), (True, "got True")):
-        with pytest.raises(BadInput, match=words):
-            T.decode(model, IDS[:3], store, k)
+    with pytest.raises(BadInput, match="or 3, one for each layer"):
+        T.decode(model, IDS[:3], store, [1, 2])
     for act in (lambda: T.prefill(model, IDS.repeat(3), T.KVStore()), lambda: T.decode(model, IDS.repeat(3), store, 4)):
         with pytest.raises(BadInput, match="exceed the model's max_position_embeddings 1024"):
             act()
@@ -210,44 +183,31 @@ def test_toy_rows():
         for row, name, good in zip(ids.tolist(), names, right, strict=True):
             planted = {i: row[:300].count(i) for i in row[:300] if i < T.QUERY}
             assert sorted(planted.values()) == counts and len({i // 16 for i in planted}) == 8
-            for query, answer, own, ok in zip(row[300::2], row[301::2], name, good, strict=True):
-                assert sorted(own.tolist()) == [16 * (query - T.QUERY) + v for v in range(16)] and answer in own[ok]
-                most = max(planted.get(i, 0) for i in own.tolist())
-                assert all((planted.get(i, 0) == most) == r for i, r in zip(own.tolist(), ok.tolist(), strict=True))
+            for query, answer, own, ok in zip(row[300::2], row[301::2], name.tolist(), good, strict=True):
+                assert sorted(own) == [16 * (query - T.QUERY) + v for v in range(16)] and answer == own[0]
+                assert torch.equal((often := torch.tensor([planted.get(i, 0) for i in own])) == often.max(), ok)
 
 
-def test_baselines_do_not_look():
-    q, k, *_ = problem(N=200)
-    assert sorted(T.first_and_recent(q.view(2, 2, 16), k, 10)[1][1, 1].tolist()) == [0, 1, 2, 3, *range(194, 200)]
-    scores, rows = T.random_rows(q.view(2, 2, 16), k, 10)
-    close(T.key_scores(q.view(2, 2, 16), k).gather(-1, rows), scores)
-    assert len(set(rows[0, 0].tolist())) == 10 and not torch.equal(rows[0], rows[1])
-
-
-def verdict(folder, monkeypatch, real=(1.0, 0.0, 1.0, 1.0, 1.0), **changes) -> dict:
-    """claim.json of a demo whose columns score as given, at 8192 tokens; at 2048 all is well."""
-    good = {"dense": 0.9, "k = 1": 0.5, "k = 8": 0.6, "2 %": 0.9, "first+recent 2 %": 0.2, "random 2 %": 0.2}
+@pytest.mark.parametrize("wrong", (
+    {}, {"2 %": 0.8}, {"2 %": 0.2}, {"first+recent 2 %": 0.5}, {"random 2 %": 0.5}, {"dense": 1.0},
+    {"dense": 0.2, "2 %": 0.2, "first+recent 2 %": 0.0, "random 2 %": 0.0}, {"real": 0.9}, {"real": 0.0},
+))  # fmt: skip
+def test_the_verdict_can_fail(wrong, tmp_path, monkeypatch):
+    right = {"dense": 0.9, "k = 1": 0.5, "k = 8": 0.6, "2 %": 0.9, "first+recent 2 %": 0.2, "random 2 %": 0.2}
     monkeypatch.setattr(T, "memory", lambda n: {"keys": n, "dense": 4, "handed": 1, "peak": 2})
     monkeypatch.setattr(T, "train_toy", lambda *_: None)
-    monkeypatch.setattr(T, "score_tasks", lambda *_: {"single": list(real)})
-    score = lambda n, column: {**good, **(changes if n == 8192 else {})}[column]
-    monkeypatch.setattr(T, "toy_accuracy", lambda m, c, task, n, count, cols, w: [score(n, x) for x in cols])
-    T.main(T.Config(out=str(folder), device="cpu"))
-    return json.loads((folder / "claim.json").read_text())
-
-
-def test_the_verdict_can_fail(tmp_path, monkeypatch):
-    claim = verdict(tmp_path, monkeypatch)
-    assert claim["holds"] and "2 % of the rows keep 1.00 of dense" in claim["here"]
-    for wrong in ({"2 %": 0.8}, {"2 %": 0.2}, {"first+recent 2 %": 0.5}, {"random 2 %": 0.5}, {"dense": 1.0},
-                  {"dense": 0.2, "2 %": 0.2, "first+recent 2 %": 0.0, "random 2 %": 0.0},
-                  {"real": (1.0, 0, 0, 0, 0.9)}, {"real": (0.0, 0, 0, 0, 0.0)}):  # fmt: skip
-        assert not verdict(tmp_path, monkeypatch, **wrong)["holds"], wrong
+    monkeypatch.setattr(T.report, "picture", lambda *_, **how: "")
+    monkeypatch.setattr(T, "score_tasks", lambda *_: {"single": [1.0, 0.0, 1.0, 1.0, wrong.get("real", 1.0)]})
+    seen = lambda m, c, task, n, count, columns, w: [(right | (wrong if n == 8192 else {}))[x] for x in columns]
+    monkeypatch.setattr(T, "toy_accuracy", seen)
+    T.main(T.Config(out=str(tmp_path), device="cpu"))
+    claim = json.loads((tmp_path / "claim.json").read_text())
+    assert claim["holds"] == (not wrong) and "2 % of the rows keep" in claim["here"]
 
 
 def test_the_demo_runs_and_a_model_that_retrieves_nothing_proves_nothing(tmp_path, capsys, monkeypatch):
-    full = T.toy_accuracy
-    monkeypatch.setattr(T, "toy_accuracy", lambda m, c, task, n, count, *rest: full(m, c, task, 512, 4, *rest))
+    short = lambda m, c, task, n, count, *rest, real=T.toy_accuracy: real(m, c, task, 512, 4, *rest)
+    monkeypatch.setattr(T, "toy_accuracy", short)
     T.main(T.Config(quick=True, steps=(20, 1), out=str(tmp_path), device="cpu"))
     said, lines = capsys.readouterr().out, metrics(tmp_path)
     assert "quick: no verdict" in said and "first+recent 2 %" in said and not (tmp_path / "claim.json").exists()
@@ -261,14 +221,10 @@ def test_ruler(task):
     assert (prompt, answers) == T.ruler(task, 5000, 1) != T.ruler(task, 5000, 2)
     assert 0.7 * 5000 < len(prompt.encode()) + T.ROOM[task] <= 5000 and all(a in prompt for a in answers)
     assert len(answers) == {"multivalue": 4, "vt": 5, "cwe": 10}.get(task, 1)
-    if task == "cwe":
-        words = prompt.split("\n")[1].split()
-        counts = sorted(words.count(w) for w in set(words))
-        assert counts[-10:] == [words.count(answers[0])] * 10 and counts[-11] < counts[-10]
-    elif task != "vt":
-        assert prompt.count("Please note that") == {"multikey": 4, "multivalue": 4}.get(task, 1)
-    with pytest.raises(BadInput, match="too few for task"):
-        T.ruler(task, 150, 0)
+    words = prompt.split("\n")[1].split()
+    counts = sorted(words.count(w) for w in set(words))
+    assert task != "cwe" or counts[-10:] == [words.count(answers[0])] * 10 > counts[-11:-1]
+    assert prompt.count("Please note that") == {"multikey": 4, "multivalue": 4, "vt": 0, "cwe": 0}.get(task, 1)
 
 
 def model_folder(folder: Path, bos="<s>", extra=(), template=None) -> Path:
@@ -304,18 +260,15 @@ def test_prompts_are_the_models_own(tmp_path):
 def test_generate_from_a_document_and_from_its_saved_context(tmp_path, capsys):
     folder, document = model_folder(tmp_path / "m"), tmp_path / "doc.txt"
     document.write_text("some text to read, " * 9)
-    run = lambda **how: (T.main(T.Config("generate", model=str(folder), prompt="a question", k="9", device="cpu",
-                                         new_tokens=12, **how)), capsys.readouterr().out)[1]  # fmt: skip
-    plain, said = run(document=str(document)), run(document=str(document), save_context=str(tmp_path / "c.pt"))
-    assert said == plain == run(load_context=str(tmp_path / "c.pt"), document=str(document))
-    assert "9 of 172 rows" in said and "of 10 rows" in run()
-    argv = ["topk_attention.py", "generate", "--model", str(folder), "--prompt", "a question", "--k", "9"]
-    argv += ["--new-tokens", "12", "--device", "cpu", "--document", str(document)]
-    assert finish(start_ranks(2, *argv))[0].split("(")[0].strip() == plain.split("(")[0].strip()  # slices, same answer
+    argv = f"topk_attention.py generate --model {folder} --prompt question? --k 9 --new-tokens 12 --device cpu".split()
+    run = lambda *more: (T.main(cli.parse(T.Config, [*argv[1:], *map(str, more)])), capsys.readouterr().out)[1]
+    read, load = ("--document", document), ("--load-context", tmp_path / "c.pt")
+    plain, said = run(*read), run(*read, "--save-context", tmp_path / "c.pt")
+    assert said == plain == run(*load) == run(*load, *read) and "9 of 172 rows" in said and "9 of 9 rows" in run()
     for text, words in ((b"another text", "is of another text than"), (b"\xff\xfe", "is not UTF-8")):
         document.write_bytes(text)
         with pytest.raises(BadInput, match=words):
-            run(load_context=str(tmp_path / "c.pt"), document=str(document))
+            run(*load, *read)
 
 
 def test_eval_resumes_where_it_was_killed(tmp_path):
@@ -328,8 +281,6 @@ def test_eval_resumes_where_it_was_killed(tmp_path):
     (part / "metrics.jsonl").write_text("".join(lines[:4]) + lines[4][:20])  # the last line was cut
     run(part, resume=True)
     assert metrics(part) == metrics(whole) and len(metrics(whole)) == 8
-    run(part, resume=True, samples=3)
-    assert len(metrics(part)) == 12
     with pytest.raises(BadInput, match="--slope 0.0"):
         run(part, resume=True, slope=0.5)
 
@@ -338,15 +289,14 @@ def test_eval_resumes_where_it_was_killed(tmp_path):
 def test_smollm2_and_its_needle(tmp_path, monkeypatch):
     chat = T.Chat(T.Config("eval"), W.device)
     assert chat.encode("Hello world 123").tolist() == [19556, 905, 216, 33, 34, 35]
-    top = chat.model(chat.encode("The capital of France is")[None])[0, -1].topk(5)
-    assert top.indices.tolist() == [7042, 260, 4528, 2250, 1315] and chat.head == "<|im_start|>user\n"
-    close(top.values, torch.tensor([17.371, 14.889, 13.245, 13.010, 12.952]), atol=2e-3, rtol=0)
+    top = chat.model(chat.encode("The capital of France is")[None])[0, -1].topk(5).indices
+    assert top.tolist() == [7042, 260, 4528, 2250, 1315] and chat.head == "<|im_start|>user\n"
     monkeypatch.setattr(T, "Chat", lambda *_: chat)
-    T.main(T.Config("eval", context=330, ks=("0.05",), samples=1, slope=0.2, out=str(tmp_path), device="cpu"))
+    T.main(T.Config("eval", context=200, ks=("0.05",), samples=1, slope=0.2, out=str(tmp_path), device="cpu"))
     assert [x["score"] for x in metrics(tmp_path)] == [1.0, 1.0]
 
 
-def sharded(_, size):
+def sharded(_, size, folder):
     pairs = [dist.new_group([i, i + 1]) for i in range(0, size, 2)]
     for group in (pairs[dist.get_rank() // 2], dist.group.WORLD):
         rank, n = dist.get_rank(group), dist.get_world_size(group)
@@ -359,21 +309,24 @@ def sharded(_, size):
             every = [torch.empty_like(out) for _ in range(n)]
             dist.all_gather(every, out, group=group)
             assert all(torch.equal(every[0], x) for x in every)
+        torch.manual_seed(0)
         model = T.Llama(T.TOY).requires_grad_(False)
-        for p in model.parameters():
-            torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(p.numel()))
         store, whole = (T.prefill(model, IDS[:200], T.KVStore(group=g)) for g in (group, None))
         assert store.n == 200 and store.nbytes * n == whole.nbytes
         close(T.decode(model, IDS[200:210], store, 7), T.decode(model, IDS[200:210], whole, 7), atol=1e-4, rtol=1e-4)
     columns = {"dense": (1.0, T.search), "k": (9, T.search), "random": (9, T.random_rows)}
     get = lambda w: T.toy_accuracy(model, T.Config(), "counting", 100, 5, columns, w)
-    mine, alone = get(cluster.World(rank, size, W.device)), get(W)  # every rank does all of it, and it is summed
-    assert mine == pytest.approx([x / size for x in alone])
+    assert get(cluster.World(rank, size, W.device)) == pytest.approx([x / size for x in get(W)])  # get(W): on each rank
+    cfg, said = T.Config("generate", model=folder, document=f"{folder}/config.json", prompt="?", new_tokens=9), []
+    cluster.World.print = lambda w, *words: said.append(words[0].split("(")[0])
+    for w in (cluster.World(rank, size, W.device), W):  # rows in slices, and in one process
+        T.generate_text(cfg, w)
+    assert said[:2] == said[2:] and "9 tokens, each from 64 of" in said[1]
 
 
 @pytest.mark.slow
 def test_two_and_four_ranks_give_the_same_as_one(tmp_path):
-    run_ranks(sharded, 4, tmp_path)
+    run_ranks(sharded, 4, tmp_path, str(model_folder(tmp_path / "m")))
 
 
 def test_bench_runs(tmp_path, capsys):
@@ -391,7 +344,7 @@ def test_bench_runs(tmp_path, capsys):
     ("generate --prompt x --document none", "no such file"), ("generate --prompt x --save-context .", "a new file"),
     ("generate --prompt x --save-context none/c.pt", "in a folder that is there"),
 ))  # fmt: skip
-def test_what_is_refused_before_anything_runs(line, words, capsys):
+def test_what_is_refused_k_anything_runs(line, words, capsys):
     with pytest.raises(SystemExit):
         cli.parse(T.Config, line.split())
     assert words in capsys.readouterr().err
