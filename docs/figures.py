@@ -96,7 +96,25 @@ def recurrent_depth(axis) -> None:
     axis.set(xlim=(-0.3, 17.8), ylim=(-0.5, 3.6))
 
 
-DRAW = {f.__name__: f for f in (goldfish, abacus, recurrent_depth, slimadam)}
+def topk_attention(axis) -> None:
+    """One query: every key is scored, the best rows move, and they share one softmax with the rows after the prefix."""
+    best = {2, 7}
+    for i in range(10):
+        box(axis, i, 3, f"k{i + 1}", "#fff2cc" if i in best else "white", 0.9)
+        box(axis, i, 2.1, f"v{i + 1}", "#fff2cc" if i in best else "white", 0.9)
+    for i, name in enumerate(("new", "q")):
+        box(axis, 11 + i, 2.5, name, "#dae8fc", 0.9)
+    axis.text(4.9, 4.0, "the prefix: all keys and values stay in host memory", ha="center", va="bottom")
+    axis.text(11.9, 3.5, "the suffix: tokens since", ha="center", va="bottom")
+    axis.text(4.9, 1.6, "every key is scored, the k best rows are handed over", ha="center", color="tab:orange")
+    for i in sorted(best):
+        axis.annotate("", (5.6 + i / 5, 0.95), (i + 0.45, 2), arrowprops={"arrowstyle": "->", "color": "tab:orange"})
+    axis.annotate("", (9.2, 0.95), (11.9, 2.4), arrowprops={"arrowstyle": "->", "color": "tab:blue"})
+    box(axis, 4.7, 0.1, "one softmax over both, one sum of values", "#bfe3bf", 6.2)
+    axis.set(xlim=(-0.3, 13.8), ylim=(-0.1, 4.6))
+
+
+DRAW = {f.__name__: f for f in (goldfish, abacus, slimadam, recurrent_depth, topk_attention)}
 
 
 def main(names: list[str]) -> None:

@@ -27,9 +27,9 @@ BUDGET = {
     "speedy_splat.py": 900, "axonn.py": 970, "common": 650, "common/kernels": 650, "README.md": 100,
 }  # fmt: skip
 WAITING = {  # not rewritten yet, and common, which is over its budget of 650: the lines they have now
-    "topk_attention.py": 2080, "axonn.py": 1883,
+    "axonn.py": 1883,
     "speedy_splat.py": 1950,
-    "tests/test_topk_attention.py": 1050, "tests/test_speedy_splat.py": 880,
+    "tests/test_speedy_splat.py": 880,
     "tests/test_axonn.py": 770, "common": 844,
 }  # fmt: skip
 NEW = [name for name in SCRIPTS if f"{name}.py" not in WAITING]
