@@ -9,8 +9,7 @@ Here     Two claims that we check. (1) Nets with independent mistakes have a CAP
          student gains more from a less similar supervisor's labels. Control: the supervisor's mistakes, moved to random
          questions. In (2) plain agreement predicts the gain as well as CAPA does.
 Differs  - Perceptrons on made ten-way questions. The features that two models read decide how alike they are.
-         - The student learns from hard labels, without the paper's confidence loss, and goes on from a short training.
-         - The paper's studies of judges, and of similarity that grows with capability, are left out.
+         - A student trained for a short while learns hard labels, without confidence loss. No judges, no trend in size.
 
     python shorts/model_similarity.py                                   # laptop, 20 s
     python shorts/model_similarity.py --quick                           # fewer pairs and steps, no verdict
@@ -242,8 +241,8 @@ def main(cfg: Config) -> None:
         if cfg.quick:
             return w.print("quick: no verdict")
         holds, here = judge(pairs, found)
-        run.claim("(1) CAPA is 0 for independent mistakes at any accuracy; (2) a student gains more from a less similar "
-                  "supervisor, as plain agreement finds too", "CAPA adjusts for accuracy; more different, more gain",
+        run.claim("(1) CAPA is 0 for independent mistakes at any accuracy; (2) a less similar supervisor teaches more, "
+                  "which plain agreement finds as well", "CAPA adjusts for accuracy; more different, more gain",
                   here, holds, f"{7 * cfg.repeats} pairs, {cfg.questions} questions, seed {cfg.seed}")  # fmt: skip
 
 
