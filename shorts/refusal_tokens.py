@@ -237,8 +237,8 @@ def main(cfg: Config) -> None:
         if cfg.quick:
             return w.print("quick: no verdict")
         rivals = ", ".join(f"{name} {table[name]['F1']:.3f}" for name in ("classifier", "no token, summed"))
-        run.claim("a threshold on the refusal token refuses better than training without it, a category moves alone; it "
-                  "is a dial in one model, not accuracy", "one model, many refusal rates, no further tuning",
+        run.claim("a threshold on the refusal token refuses better than training without it, a category moves alone; "
+                  "it is a dial in one model, not accuracy", "one model, many refusal rates, no further tuning",
                   f"F1 {found['before']:.3f} -> {found['after']:.3f} ({rivals}), own category {found['own']:.2f}, "
                   f"others {found['others']:.3f}", judge(found), f"{cfg.steps} steps, seed {cfg.seed}")  # fmt: skip
 
