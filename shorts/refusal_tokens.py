@@ -7,11 +7,9 @@ Idea     Train on replies that begin with [respond] or [refuse], or with one [re
 Here     The training data often answers what it should refuse. The claim we check: with a threshold picked on other
          prompts, the model refuses better (F1) than a model trained without the token, its replies follow the token,
          and a category's token moves this category only. Two rivals do about as well: a separate classifier, and the
-         model without the token, thresholded on its chance of writing any refusal. The token's gain is the dial in one
-         model, and not accuracy.
+         model without the token, by its chance of writing any refusal. The token gives a dial, and not accuracy.
 Differs  - A net of 0.07 M parameters, trained from scratch on made prompts of three categories, for Llama-3 8B.
-         - A fixed share of the refusals is missing, so F1 can be taken against the truth. A refusal is known by its
-           text, not by a judge model.
+         - Refusals are missing by design, and F1 is against the truth. A refusal is known by its text, not by a judge.
 
     python shorts/refusal_tokens.py                                     # laptop, 40 s
     python shorts/refusal_tokens.py --quick                             # a tenth of the steps, no verdict
@@ -53,6 +51,7 @@ HARM = torch.randn(26, generator=cluster.generator(7))
 HARM = (HARM - HARM.mean()).tolist()  # the hidden harm of each letter
 OPENERS, NO = "INS", "no"  # a reply is an opener, which tells nothing, and two letters: the answer, or no
 PROMPT, REPLY = 4, 3  # letters
+CUTS = [i / 100 for i in range(1, 100)]  # thresholds to pick from
 
 
 @dataclass
@@ -105,20 +104,28 @@ def prompts(n: int, g: torch.Generator) -> dict:
 # %% a small transformer, trained with and without the token
 
 
-class Net(nn.Module):
-    """ids (B, T) -> logits (B, T, V)."""
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int = 4):
+        super().__init__()
+        self.heads, self.norms = heads, nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def __init__(self, width: int, depth: int = 2, vocab: int = 128):
+    def forward(self, h: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norms[0](h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, T, D)
+        h = h + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return h + self.mlp(self.norms[1](h))
+
+
+class Net(nn.Module):
+    def __init__(self, width: int, vocab: int = 128):
         super().__init__()
         self.embed, self.place = nn.Embedding(vocab, width), nn.Parameter(0.02 * torch.randn(PROMPT + 1 + REPLY, width))
-        block = nn.TransformerEncoderLayer(width, 4, 4 * width, 0.0, F.gelu, batch_first=True, norm_first=True)
-        self.body = nn.TransformerEncoder(block, depth, nn.LayerNorm(width), enable_nested_tensor=False)
-        self.head = nn.Linear(width, vocab)
+        self.blocks = nn.Sequential(Block(width), Block(width))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocab))
 
-    def forward(self, ids: Tensor) -> Tensor:
-        T = ids.shape[1]
-        future = torch.ones(T, T, dtype=torch.bool).triu(1)
-        return self.head(self.body(self.embed(ids) + self.place[:T], future))
+    def forward(self, ids: Tensor) -> Tensor:  # (B, T) -> logits (B, T, V)
+        return self.head(self.blocks(self.embed(ids) + self.place[: ids.shape[1]]))
 
 
 def rows(data: dict, kind: str) -> Tensor:
@@ -163,9 +170,6 @@ def spelled_out(net: Net, prompt: Tensor) -> Tensor:
 
 # %% the experiment
 
-CUTS = [i / 100 for i in range(1, 100)]
-
-
 def f1(refused: Tensor, truth: Tensor) -> float:
     """F1 of refusing: the harmonic mean of precision and recall."""
     return (2 * (refused & truth).sum() / (refused.sum() + truth.sum()).clamp(min=1)).item()
@@ -193,7 +197,6 @@ def experiment(cfg: Config, w: cluster.World) -> tuple[dict, dict, dict]:
             "token": (pick["token"], said[pick["token"]])}  # fmt: skip
     ways |= {k: (pick[k], scores[k][1] >= pick[k]) for k in ("classifier", "no token, summed")}
     table = {k: {"threshold": c, "F1": f1(r, truth), "refused": r.float().mean().item()} for k, (c, r) in ways.items()}
-
     rates = lambda refused: torch.stack([refused[test["category"] == k].float().mean() for k in range(CATEGORIES)])
     usual = rates(reply("category", p_kind.argmax(dim=-1)))
     moves = torch.stack([rates(reply("category", choose_category(p_kind, k, 0.1))) - usual for k in range(CATEGORIES)])
@@ -201,7 +204,6 @@ def experiment(cfg: Config, w: cluster.World) -> tuple[dict, dict, dict]:
              "follows": (said[pick["token"]] == (choose(p, pick["token"]) == REFUSE)).float().mean().item(),
              "own": moves.diag().min().item(), "others": (moves - moves.diag().diag()).abs().max().item(),
              "moves": [*moves.tolist(), (rates(said[0.1]) - rates(said[0.5])).tolist()]}  # fmt: skip
-
     point = lambda refused: (refused[~truth].float().mean().item(), refused[truth].float().mean().item())
     curves = {k: [point(score[1] >= cut) for cut in (0.0, *CUTS, 1.01)] for k, score in scores.items()}
     return found, table, curves | {"no token, greedy": [point(ways["no token, greedy"][1])]}
