@@ -16,7 +16,7 @@ Differs  - Associative recall, for the paper's IsTree (is this graph a tree?). A
     python shorts/retrieval_gap.py                                      # laptop, a minute
     python shorts/retrieval_gap.py --quick                              # a tenth of the steps, no verdict
 
-Expect   "attention 1.000, search 1.000" on CPU with seed 0.
+Expect   "[2, 8, 16] pairs at 90%" on CPU with seed 0.
 Writes   results/retrieval_gap/: metrics.jsonl, claim.json, retrieval_gap.png
 """
 

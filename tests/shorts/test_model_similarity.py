@@ -16,8 +16,7 @@ def test_capa_by_hand_and_its_fixed_points():
     p1 = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3]])
     p2 = torch.tensor([[0.5, 0.25, 0.25], [0.2, 0.2, 0.6]])
     c_obs, c_exp = (0.425 + 0.32) / 2, 0.5 * 0.55 + 0.5 * 0.45 / 2  # the right options have 0.5 and 0.55 on average
-    for pair in ((p1, p2), (p2, p1)):
-        assert M.capa(*pair, torch.tensor([0, 2])).item() == pytest.approx((c_obs - c_exp) / (1 - c_exp), abs=1e-6)
+    assert M.capa(p1, p2, torch.tensor([0, 2])).item() == pytest.approx((c_obs - c_exp) / (1 - c_exp), abs=1e-6)
     y, a, soft = torch.arange(4), hot([0, 1, 3, 2], 4), torch.full((4, 4), 0.25)
     assert M.capa(a, a, y).item() == pytest.approx(1) and M.capa(soft, soft, y).item() == pytest.approx(0)
     assert M.capa(hot([0, 1, 3, 0], 4), hot([1, 2, 2, 3], 4), y).item() == pytest.approx(-0.5)  # expected: 1/3
@@ -57,4 +56,5 @@ def test_verdict_holds_and_falls_with_agreement_for_capa_or_with_the_mistakes_mo
     assert not M.judge(pairs, found | {"gain": found["gain, moved"]})[0]
     assert not M.judge({k: [r | {"CAPA": r["agreement"]} for r in rows] for k, rows in pairs.items()}, found)[0]
     assert not M.judge(pairs, found | {"gain, moved": found["gain"]})[0]
+    assert not M.judge(pairs | {"independent": [r | {"Cohen": 0.5} for r in pairs["independent"]]}, found)[0]
     pytest.raises(cli.BadInput, M.Config, options=3)
