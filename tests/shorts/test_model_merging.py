@@ -23,7 +23,7 @@ def test_merges_by_hand():
 
 
 def test_groups_of_layers():
-    x = torch.zeros(2, 6)
+    x = torch.zeros(2, 8)
     x[0, 0] = x[1, 1] = 1.0  # linear: the first expert below, the second above
     merged = M.merge([BASE] * 4, [torch.cat([EXPERTS, BASE[None]])] * 4, (torch.tensor([0, 0]), x))
     assert [bool((m == EXPERTS[1]).all()) for m in merged] == [False, False, True, True]
@@ -47,7 +47,7 @@ def test_verdict_holds_and_falls_where_the_search_proposes_at_random(monkeypatch
     cfg, goal = M.Config(), torch.tensor([[0.1], [0.1], [0.9], [0.9]])  # other layers need other coefficients
 
     def score(recipe, n=10**6):  # few examples add noise
-        off = (recipe[1].expand(4, 6) - goal).abs()[:, :3].mean() + 0.1 * (recipe[0] != 0).float().mean()
+        off = (recipe[1].expand(4, 8) - goal).abs()[:, :3].mean() + 0.1 * (recipe[0] != 0).float().mean()
         return 1 - off.item() + torch.randn((), generator=cluster.generator(2, n, int(1e6 * off))).item() / n**0.5 / 2
 
     def verdict():

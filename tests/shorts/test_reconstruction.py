@@ -54,8 +54,7 @@ def test_verdict_holds_and_falls_with_another_net_or_without_the_search(monkeypa
     assert R.judge(few, many)[0]
     for name, change in (("noise", {"recovered": 0.0}), ("noise, other net", {"recovered": 0.5})):
         assert not R.judge(few | {name: few[name] | change}, many)[0]
-    assert not R.judge(few, many | {"noise": few["noise"]})[0] and few["noise, other net"]["recovered"] == 0
-    assert not R.judge(few, many | {"noise": many["noise"] | {"weights off by": 0.1}})[0]
+    assert not any(R.judge(few, many | {"noise": n})[0] for n in (few["noise"], many["noise"] | {"weights off by": 1}))
     monkeypatch.setattr(R, "reconstruct", lambda theta, y, decay, starts, steps: starts[0])
     assert not R.judge(R.experiment(cfg, 2)[0], many)[0]
     pytest.raises(cli.BadInput, R.Config, images=(5, 40))
