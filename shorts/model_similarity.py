@@ -234,8 +234,8 @@ def main(cfg: Config) -> None:
             axes[1].plot(found["CAPA"], found["gain"], "o", label="the supervisor's labels")
             axes[1].plot(found["CAPA"], found["gain, moved"], "x", color="grey", label="mistakes moved")
             axes[1].set(xlabel="CAPA of supervisor and student before", ylabel="student's gain over the supervisor")
-            for axis in axes:
-                axis.legend(frameon=False)
+            axes[0].legend(frameon=False)
+            axes[1].legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
         w.print(report.picture(f"{cfg.out}/model_similarity.png", draw, ncols=2, figsize=(10, 4)))
         if cfg.quick:
