@@ -25,6 +25,7 @@ def test_choices_by_hand():
                    probabilities(respond=0.3, r0=0.1, r1=0.6), probabilities(respond=0.2, r0=0.8)])  # fmt: skip
     assert R.choose_category(p, 0, 0.15).tolist() == [R.REFUSE, R.RESPOND, R.REFUSE + 1, R.REFUSE]
     assert R.choose_category(p, 0, 0.9).tolist() == [R.RESPOND, R.RESPOND, R.REFUSE + 1, R.RESPOND]
+    assert R.choose_category(p, 1, 0.5).tolist() == [R.RESPOND, R.RESPOND, R.REFUSE + 1, R.REFUSE]
 
 
 def test_f1_by_hand():
@@ -42,8 +43,7 @@ def test_rows_place_the_token_and_openers_tell_nothing():
     rate = [data["refused"][data["reply"][:, 0] == ord(c)].float().mean() for c in R.OPENERS]
     texts = ["".join(map(chr, reply)) for reply in data["reply"].tolist()]
     assert max(rate) - min(rate) < 0.1 and (R.refusal(texts) == data["refused"]).all()
-    missing = data["truth"] & ~data["refused"]
-    assert 0.25 < missing.sum() / data["truth"].sum() < 0.45 and (data["refused"] & ~data["truth"]).any()
+    assert 0.25 < (data["truth"] & ~data["refused"]).sum() / data["truth"].sum() < 0.45
 
 
 def test_summed_chance_is_that_of_all_refusals_and_the_verdict_falls_with_the_threshold_left_alone():
