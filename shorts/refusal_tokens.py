@@ -6,9 +6,8 @@ Idea     Train on replies that begin with [respond] or [refuse], or with one [re
          answers, a threshold on that token's probability chooses the token, and the model writes the rest.
 Here     The training data often answers what it should refuse. The claim we check: with a threshold picked on other
          prompts, the model refuses better (F1) than a model trained without the token, its replies follow the token,
-         and a category's token moves this category only. Two rivals, thresholded alike, come near it or beat it: a
-         separate classifier, and the model without the token, by its chance of writing any refusal. So the token gives
-         a dial in one model, and not accuracy.
+         and a category's token moves this category only. Two rivals come near it or beat it: a separate classifier, and
+         the model without the token, by its chance of writing any refusal. The token is a dial, and not accuracy.
 Differs  - A net of 0.07 M parameters, trained from scratch on made prompts of three categories, for Llama-3 8B.
          - Refusals are missing by design, and F1 is against the truth. A refusal is known by its text, not by a judge.
 
@@ -170,6 +169,7 @@ def spelled_out(net: Net, prompt: Tensor) -> Tensor:
 
 
 # %% the experiment
+
 
 def f1(refused: Tensor, truth: Tensor) -> float:
     """F1 of refusing: the harmonic mean of precision and recall."""
