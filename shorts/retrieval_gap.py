@@ -107,6 +107,7 @@ def recall_limit(bits: int, pairs: int, values: int) -> float:
 KEYS, VALUES, WIDTH, BATCH = 128, 16, 64, 32  # different keys and values, width of the nets, episodes per step
 BLANK = KEYS + VALUES
 
+
 @dataclass
 class Config:
     widths: tuple = opt((8, 16, 32), "d of the recurrent nets, rising; a layer's state is d x d numbers")
