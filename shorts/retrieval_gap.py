@@ -104,8 +104,7 @@ def recall_limit(bits: int, pairs: int, values: int) -> float:
 
 # %% settings, the task and the net. Tokens: keys, values, and one blank
 
-KEYS, VALUES, WIDTH, BATCH = 128, 16, 64, 32  # different keys and values, width of the nets, episodes per step
-BLANK = KEYS + VALUES
+KEYS, VALUES, BLANK, WIDTH, BATCH = 128, 16, 144, 64, 32  # different keys and values, the id of none, width, episodes
 
 
 @dataclass
