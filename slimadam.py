@@ -30,9 +30,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import re
-import sys
 import warnings
 import zlib
 from dataclasses import dataclass, replace
@@ -372,8 +370,9 @@ class SlimAdamW(torch.optim.Optimizer):
                  for _, _, p, K in self.named() if p.requires_grad]  # fmt: skip
         total, kept = sum(n for n, _, _ in sizes), sum(k for _, k, _ in sizes)
         saved = 1 - kept / max(1, total)
-        return {"total": total, "kept": kept, "saved": saved, "saved_state": saved / 2, "saved_training": saved / 4,
-                "bytes": sum(b * (n + k) for n, k, b in sizes), "bytes_adam": sum(2 * b * n for n, _, b in sizes)}
+        size, adam = sum(b * (n + k) for n, k, b in sizes), sum(2 * b * n for n, _, b in sizes)
+        shares = {"saved": saved, "saved_state": saved / 2, "saved_training": saved / 4}
+        return {"total": total, "kept": kept, **shares, "bytes": size, "bytes_adam": adam}
 
 
 # %% measuring along a run of Adam
@@ -680,8 +679,9 @@ def judge(found: dict, looks: dict) -> tuple[bool, str]:
         cost &= found[name, best]["kept"] == found[other, best]["kept"] and gap[other] >= max(2 * gap[name], 1e-9)
     pair = lambda name: f"{gap[name]:+.3f} (other axes {gap[name + ' swapped']:+.3f})"
     return worst <= -0.85 and right >= 0.9 * tensors and near and cost and saved >= 0.97, (
-        f"Spearman {worst:.2f}, better axis {right} of {tensors}; nats behind Adam at its best rate {best:g}: derived "
-        f"{pair('derived')}, static {pair('static')}, AdaLayer {gap['adalayer']:+.3f}; {saved:.1%} of v removed; "
+        f"{saved:.1%} of v removed, behind Adam by {gap['static']:+.3f} (static), {gap['derived']:+.3f} (derived); "
+        f"Spearman {worst:.2f}, better axis {right} of {tensors}; at Adam's best rate {best:g}: derived "
+        f"{pair('derived')}, static {pair('static')}, AdaLayer {gap['adalayer']:+.3f}; "
         f"nearer to Adam: {'yes' if near else 'no'}, other axes twice the cost: {'yes' if cost else 'no'}"
     )
 
@@ -782,19 +782,10 @@ def bench(cfg: Config, w: cluster.World) -> None:
 
 
 def main(cfg: Config) -> None:
+    cluster.two_processes(cfg)
     with cluster.world(cfg.device) as w:
         {"demo": demo, "train": train, "derive": derive, "bench": bench}[cfg.mode](cfg, w)
 
 
-def start(cfg: Config) -> None:
-    """main, except that a lone demo on a CPU of two cores or more starts itself again as two processes."""
-    gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-    if cfg.mode == "demo" and not gpu and "RANK" not in os.environ and (os.cpu_count() or 1) > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
-    main(cfg)
-
-
 if __name__ == "__main__":
-    cli.run(start, Config, PRESETS)
+    cli.run(main, Config, PRESETS)

@@ -74,6 +74,46 @@ def slimadam(axis) -> None:
     axis.set(xlim=(-0.2, 12.5), ylim=(-1.2, 4.2))
 
 
+def recurrent_depth(axis) -> None:
+    """Prelude, core and coda: the core is applied again and again, and reads the prelude's output each time."""
+    cores = [(x, "core R", "#fff2cc") for x in (5.2, 7.7, 10.2)]
+    ends = [(0, "ids", "white"), (2.2, "prelude P", "#cfe2f3"), (13.2, "coda C", "#cfe2f3"), (15.6, "token", "white")]
+    for x, text, color in cores + ends:
+        box(axis, x, 1, text, color, 1.8)
+    arrow = lambda a, b, style="->": axis.annotate("", b, a, arrowprops={"arrowstyle": style, "color": "0.3"})
+    for x, y in ((1.8, 2.2), (7.0, 7.7), (9.5, 10.2), (12.0, 13.2), (15.0, 15.6)):
+        arrow((x, 1.4), (y, 1.4))
+    for x, name in ((7.35, "$s_1$"), (9.85, "$s_2$"), (12.6, "$s_r$")):
+        axis.text(x, 1.55, name, ha="center")
+    arrow((3.1, 1.8), (3.1, 2.9), "-")
+    arrow((3.1, 2.9), (11.1, 2.9), "-")
+    for x in (6.1, 8.6, 11.1):
+        arrow((x, 2.9), (x, 1.85))
+    axis.text(4.5, 3.0, "e, read again in every iteration", ha="left", va="bottom")
+    axis.text(6.1, 0.1, "$s_0$: noise", ha="center", va="top")
+    arrow((6.1, 0.15), (6.1, 0.95))
+    axis.text(10.4, 0.6, "the same weights, r times: as many as asked", ha="center", va="top")
+    axis.set(xlim=(-0.3, 17.8), ylim=(-0.5, 3.6))
+
+
+def topk_attention(axis) -> None:
+    """One query: every key is scored, the best rows move, and they share one softmax with the rows after the prefix."""
+    best = {2, 7}
+    for i in range(10):
+        box(axis, i, 3, f"k{i + 1}", "#fff2cc" if i in best else "white", 0.9)
+        box(axis, i, 2.1, f"v{i + 1}", "#fff2cc" if i in best else "white", 0.9)
+    for i, name in enumerate(("new", "q")):
+        box(axis, 11 + i, 2.5, name, "#dae8fc", 0.9)
+    axis.text(4.9, 4.0, "the prefix: all keys and values stay in host memory", ha="center", va="bottom")
+    axis.text(11.9, 3.5, "the suffix: tokens since", ha="center", va="bottom")
+    axis.text(4.9, 1.6, "every key is scored, the k best rows are handed over", ha="center", color="tab:orange")
+    for i in sorted(best):
+        axis.annotate("", (5.6 + i / 5, 0.95), (i + 0.45, 2), arrowprops={"arrowstyle": "->", "color": "tab:orange"})
+    axis.annotate("", (9.2, 0.95), (11.9, 2.4), arrowprops={"arrowstyle": "->", "color": "tab:blue"})
+    box(axis, 4.7, 0.1, "one softmax over both, one sum of values", "#bfe3bf", 6.2)
+    axis.set(xlim=(-0.3, 13.8), ylim=(-0.1, 4.6))
+
+
 def axonn(axis) -> None:
     """One product on a grid: what of I, W and O lies on one rank, and what travels along which axis."""
     sizes = (("I", 0, "m / Gz", "k / Gy"), ("W", 4.4, "n / Gx", "k / Gy"), ("O", 8.8, "m / Gz", "n / Gx"))
@@ -93,7 +133,7 @@ def axonn(axis) -> None:
     axis.set(xlim=(-0.6, 12.2), ylim=(-0.6, 3.2))
 
 
-DRAW = {f.__name__: f for f in (goldfish, abacus, slimadam, axonn)}
+DRAW = {f.__name__: f for f in (goldfish, abacus, slimadam, recurrent_depth, topk_attention, axonn)}
 
 
 def main(names: list[str]) -> None:

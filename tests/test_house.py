@@ -27,10 +27,10 @@ BUDGET = {
     "speedy_splat.py": 900, "axonn.py": 970, "common": 650, "common/kernels": 650, "README.md": 100,
 }  # fmt: skip
 WAITING = {  # not rewritten yet, and common, which is over its budget of 650: the lines they have now
-    "slimadam.py": 1711, "recurrent_depth.py": 1674, "topk_attention.py": 2080, "axonn.py": 1883,
-    "speedy_splat.py": 1950, "tests/test_slimadam.py": 880,
-    "tests/test_recurrent_depth.py": 880, "tests/test_topk_attention.py": 1050, "tests/test_speedy_splat.py": 880,
-    "tests/test_axonn.py": 770, "common": 844, "common/kernels": 902,
+    "axonn.py": 1100,
+    "speedy_splat.py": 1950,
+    "tests/test_speedy_splat.py": 880,
+    "tests/test_axonn.py": 406, "common": 844,
 }  # fmt: skip
 NEW = [name for name in SCRIPTS if f"{name}.py" not in WAITING]
 

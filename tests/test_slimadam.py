@@ -101,8 +101,8 @@ def test_the_released_snr_and_rules():
     with torch.device("meta"):
         small = S.GPT(S.Config("train", **S.PRESETS["small"]))
     assert sum(p.numel() for p in small.parameters()) == 124373760
-    mean = {"w": {(0,): 3.0, (1,): 2.0, (0, 1): 1.5}, "x": {(0,): 0.2, (1,): 1.0, (0, 1): 0.1}, "b": {(0,): 9.0},
-            "tie": {(0,): 2.0, (1,): 2.0}, "n": {(0,): math.nan, (1,): 2.0}, "nan": {(0,): math.nan, (1,): math.nan}}
+    mean = {"w": {(0,): 3.0, (1,): 2.0, (0, 1): 1.5}, "x": {(0,): 0.2, (1,): 1.0, (0, 1): 0.1}, "b": {(0,): 9.0}}
+    mean |= {"tie": {(0,): 2.0, (1,): 2.0}, "n": {(0,): math.nan, (1,): 2.0}, "nan": {(0,): math.nan, (1,): math.nan}}
     assert [*S.derive_rules(mean).values()] == [(0,), None, None, (0,), (1,), None]
     assert S.derive_rules(mean, 0.9)["x"] == (1,) and S.candidates(4) == [(0,), (1, 2, 3), (0, 1, 2, 3)]
 

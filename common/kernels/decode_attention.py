@@ -2,7 +2,7 @@
 
 The queries of one key/value head are R rows: q (Hk, R, D), keys and values (Hk, n, D), scores (Hk, R, n). The choice
 between the two, torch.topk, and attention to further rows stay in torch. No launch waits for the host. Row offsets are
-int64, because n x D passes 2^31. The torch twins are _scores and _part in topk_attention.py.
+int64, because n x D passes 2^31. The torch twins are key_scores and softmax_part in topk_attention.py.
 """
 
 import torch
