@@ -78,7 +78,7 @@ class Config:
 # %% data: (signature, first paragraph of the docstring) of the functions of Python's own library
 
 PAIR = re.compile(r'def (\w+)\(([^()]*)\)[^\n]*:\n\s+r?"""([^"]+?)(?:\n\s*\n|""")')
-PROMPT, REPLY, HELD = 20, 32, 150  # most words of a prompt and of a reply; pairs for validation, half of those for test
+PROMPT, REPLY, HELD = 20, 32, 150  # most words of a prompt and of a reply; pairs for validation; twice as many test
 LENGTH = PROMPT + REPLY + 2
 
 

@@ -6,7 +6,7 @@ Idea     A recurrent net sees the past through a state of b bits only. When the 
          chain of thought brings back what the state has lost. An attention layer looks at the context itself, and so
          does a search tool that the net can call.
 Here     Associative recall: n pairs of key and value, then a key; which value? The claim we check: the pairs that a
-         recurrent net recalls grow with its state, and end. The smallest net, the control, recalls all of them, above
+         recurrent net recalls grow with its state, and end. The smallest net alone fails. It recalls all pairs, above
          the limit of its state, once its upper layer is attention or once it may search. The limit is a theorem for any
          training. The curves are the practice, and lie far below the limit.
 Differs  - Associative recall, for the paper's IsTree (is this graph a tree?). A pair is one step: nothing to bind.
