@@ -65,6 +65,12 @@ def world(device: str = "auto") -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def alone(w: World) -> None:
+    """BadInput on several ranks, for an experiment that one process runs as a whole."""
+    if w.size > 1:
+        raise BadInput("this experiment runs on one process: start it by python, without torchrun")
+
+
 def two_processes(cfg) -> None:
     """A lone demo on a CPU of two cores or more starts itself again as two ranks, and this call does not return."""
     gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())

@@ -212,8 +212,7 @@ def judge(found: dict, p: float, gains: list[float], rises: list[float]) -> tupl
 
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
-        if w.size > 1:
-            raise BadInput("this experiment runs on one process: start it by python, without torchrun")
+        cluster.alone(w)
         run, g = report.Run(cfg.out, cfg, w), cluster.generator(cfg.seed, 2)
         if cfg.quick:
             cfg = replace(cfg, questions=100, replay=1000, pretrain=150, epochs=2)

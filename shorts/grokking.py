@@ -219,8 +219,7 @@ def draw(found: list[dict], scale: float, axis) -> None:
 
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
-        if w.size > 1:
-            raise BadInput("this experiment runs on one process: start it by python, without torchrun")
+        cluster.alone(w)
         run = report.Run(cfg.out, cfg, w)
         if cfg.quick:
             cfg = replace(cfg, alpha=(32.0, 128.0), lam=(0.01,), d=1000)

@@ -206,8 +206,7 @@ def judge(found: dict[str, float]) -> tuple[bool, str]:
 
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
-        if w.size > 1:
-            raise BadInput("this experiment runs on one process: start it by python, without torchrun")
+        cluster.alone(w)
         run = report.Run(cfg.out, cfg, w)
         if cfg.quick:
             cfg = replace(cfg, searches=1, budget=20, full=300)

@@ -210,8 +210,7 @@ def judge(pairs: dict[str, list[dict]], found: dict[str, Tensor]) -> tuple[bool,
 
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
-        if w.size > 1:
-            raise BadInput("this experiment runs on one process: start it by python, without torchrun")
+        cluster.alone(w)
         run, g = report.Run(cfg.out, cfg, w), cluster.generator(cfg.seed)
         if cfg.quick:
             cfg = replace(cfg, repeats=2, steps=cfg.steps // 3)

@@ -201,8 +201,7 @@ def draw(paths: list[dict], rows: list[dict], axes) -> None:
 
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
-        if w.size > 1:
-            raise BadInput("this experiment runs on one process: start it by python, without torchrun")
+        cluster.alone(w)
         run, teacher = report.Run(cfg.out, cfg, w), Teacher(cfg)
         if cfg.quick:
             cfg = replace(cfg, steps=(100, 25), replicates=1)

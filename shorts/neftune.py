@@ -212,8 +212,7 @@ def judge(plain: dict, noise: dict) -> bool:
 
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
-        if w.size > 1:
-            raise BadInput("this experiment runs on one process: start it by python, without torchrun")
+        cluster.alone(w)
         run = report.Run(cfg.out, cfg, w)
         if cfg.quick:
             cfg = replace(cfg, pretrain=40, epochs=8, pairs=32, alpha=(max(cfg.alpha),))

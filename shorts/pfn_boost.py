@@ -218,8 +218,7 @@ def judge(loss: dict[int, dict]) -> tuple[bool, str]:
 
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
-        if w.size > 1:
-            raise BadInput("this experiment runs on one process: start it by python, without torchrun")
+        cluster.alone(w)
         run, loss, counts = report.Run(cfg.out, cfg, w), {}, ROWS
         if cfg.quick:
             cfg, counts = replace(cfg, tables=2, steps=70), ROWS[:3]

@@ -194,8 +194,7 @@ def judge(few: dict, many: dict) -> tuple[bool, str]:
 
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
-        if w.size > 1:
-            raise BadInput("this experiment runs on one process: start it by python, without torchrun")
+        cluster.alone(w)
         run, rows, result, shown = report.Run(cfg.out, cfg, w), [], {}, {}
         few, many = cfg.classes - 1, cfg.images[-1]
         if cfg.quick:

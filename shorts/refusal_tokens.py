@@ -218,8 +218,7 @@ def judge(found: dict[str, float]) -> bool:
 
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
-        if w.size > 1:
-            raise BadInput("this experiment runs on one process: start it by python, without torchrun")
+        cluster.alone(w)
         run = report.Run(cfg.out, cfg, w)
         if cfg.quick:
             cfg = replace(cfg, steps=cfg.steps // 10 + 1, prompts=cfg.prompts // 5 + 1)

@@ -209,8 +209,7 @@ def judge(points: dict[str, Tensor]) -> tuple[bool, str]:
 
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
-        if w.size > 1:
-            raise BadInput("this experiment runs on one process: start it by python, without torchrun")
+        cluster.alone(w)
         run, points = report.Run(cfg.out, cfg, w), {}  # table -> (sets, 2)
         if cfg.mode == "train":
             return train(cfg, w)

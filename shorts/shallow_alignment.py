@@ -200,8 +200,7 @@ def judge(kl: dict, table: dict, tuned: dict) -> tuple[bool, str]:
 
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
-        if w.size > 1:
-            raise BadInput("this experiment runs on one process: start it by python, without torchrun")
+        cluster.alone(w)
         run, g = report.Run(cfg.out, cfg, w), lambda part: cluster.generator(cfg.seed, part)
         if cfg.quick:
             cfg = replace(cfg, steps=(100, 50, 10), test=50)

@@ -205,8 +205,7 @@ def draw(cfg: Config, losses: dict, ks: list[int], ends: dict, axes) -> None:
 
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
-        if w.size > 1:
-            raise BadInput("this experiment runs on one process: start it by python, without torchrun")
+        cluster.alone(w)
         run, rows = report.Run(cfg.out, cfg, w), data(cfg)
         if cfg.quick:
             cfg = replace(cfg, steps=100, checkpoints=20, k=8)
