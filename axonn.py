@@ -777,17 +777,17 @@ def sharded_state(model: nn.Module, optimizer: torch.optim.Optimizer | None = No
 
 
 @torch.no_grad()
-def load_tensors(model: nn.Module, get: Callable) -> None:
-    """Fill the model from get(name, rows[, columns]): every rank asks for the blocks it stores and no others."""
+def load_tensors(model: nn.Module, read: Callable) -> None:
+    """Fill the model from read(name), a whole tensor, of which every rank keeps the blocks that it stores."""
     for p, parts in stored(model).items():
-        p.copy_(torch.cat([get(part.name, *part.box).to(p) for part in parts]))
+        p.copy_(torch.cat([read(part.name)[part.box].to(p) for part in parts]))
 
 
 def open_model(name: str, grid: Grid, **changes) -> tuple[GPT3D, Callable]:
     """A pretrained Llama on the grid and its tokenizer: smollm2, a Hugging Face folder, or a GGUF file."""
     weights = open_weights(name)
     model = GPT3D(GPTConfig.from_hf(weights.config, init_std=0.0, **changes), grid)
-    load_tensors(model, weights.get)
+    load_tensors(model, weights.read)
     return model, weights.tokenizer
 
 

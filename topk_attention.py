@@ -332,7 +332,7 @@ class Llama(nn.Module):
         weights = open_weights(str(path))
         with torch.device("meta"):
             model = cls(weights.config)
-        tensors = {n.removeprefix("model."): weights.get(n).to(device, dtype) for n in weights.names}
+        tensors = {n.removeprefix("model."): weights.read(n).to(device, dtype) for n in weights.names}
         model.load_state_dict(tensors, assign=True)
         model.tokenizer = weights.tokenizer
         return model.requires_grad_(False).eval()

