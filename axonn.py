@@ -1017,7 +1017,7 @@ def draw(times: dict, recited: dict, figure, axes) -> None:
     for d, point in times.items():
         axes[0].plot(*point, "o", color="C0")
         axes[0].annotate(show(d), point, xytext=(4, 4), textcoords="offset points")
-    axes[0].set(xlabel="predicted communication, ms", ylabel="measured step, ms")
+    axes[0].set(xlabel="predicted communication, ms", ylabel="measured step, ms", xmargin=0.2)
     axes[1].bar(list(recited), list(recited.values()))
     axes[1].set(ylabel="documents recited", ylim=(0, 1.05))
 

@@ -263,8 +263,8 @@ class KVStore:
 
     @classmethod
     def load(cls, path: str | Path, model: Llama | None = None) -> KVStore:
-        """Open a saved context by memory map: rows are read when they are asked for. BadInput: it is no whole saved
-        context, or one of another model."""
+        """Open a saved context by memory map. BadInput: damaged, or of another model. OSError: it is missing."""
+        open(path, "rb").close()
         try:
             found, store = torch.load(path, mmap=True, weights_only=True, map_location="cpu"), cls()
             store.layers, store.meta, k = found["layers"], dict(found["meta"]), found["layers"][0][0]

@@ -106,7 +106,8 @@ def topk_attention(axis) -> None:
         box(axis, 11 + i, 2.5, name, "#dae8fc", 0.9)
     axis.text(4.9, 4.0, "the prefix: all keys and values stay in host memory", ha="center", va="bottom")
     axis.text(11.9, 3.5, "the suffix: tokens since", ha="center", va="bottom")
-    axis.text(4.9, 1.6, "every key is scored, the k best rows are handed over", ha="center", color="tab:orange")
+    note = "every key is scored,\nthe k best rows are handed over"
+    axis.text(4.0, 0.5, note, ha="right", va="center", color="tab:orange")
     for i in sorted(best):
         axis.annotate("", (5.6 + i / 5, 0.95), (i + 0.45, 2), arrowprops={"arrowstyle": "->", "color": "tab:orange"})
     axis.annotate("", (9.2, 0.95), (11.9, 2.4), arrowprops={"arrowstyle": "->", "color": "tab:blue"})

@@ -221,6 +221,7 @@ def main(cfg: Config) -> None:
         before, level = densities["paraphrase encoder"][0].values()  # log densities, of control and leak
         loss, rise, gain = losses["leak"], level - before, losses["control"] - losses["leak"]
         p = max(permutation_p(rise, gain, g), permutation_p(level, loss, g))
+        p = p if correlation(rise, gain) > 0 > correlation(level, loss) else 1.0  # related, but the wrong way round
         means = [[x[support == k].mean().item() for k in cfg.support] for x in (losses["control"], loss, gain, rise)]
         rows = [[str(k), *row] for k, *row in zip(cfg.support, *means, strict=True)]
         w.print(report.table(["paraphrases", "loss, control", "loss, leak", "gain", "rise of density"], rows) + "\n")

@@ -232,7 +232,7 @@ def main(cfg: Config) -> None:
 
         def draw(figure, axis):
             values, colours = [f["per pass"] for f in found.values()], ["tab:grey"] * 3 + ["tab:blue"] * 4
-            axis.barh(list(found)[::-1], values[::-1], color=colours[::-1])
+            axis.scatter(values[::-1], list(found)[::-1], c=colours[::-1])  # no bars: the axis does not start at zero
             axis.axvline(values[0], color="black", linestyle=":")
             axis.set(xlim=(0.9 * min(values), None), xlabel=f"tokens per target pass, {cfg.gamma} drafted")
 

@@ -3,7 +3,7 @@
 Paper    Jayawardhana, Renbo, Dooley, Cherepanova, Wilson, Hutter, White, Goldstein, Goldblum, "Transformers Boost the
          Performance of Decision Trees on Tabular Data across Sample Sizes", arXiv:2502.02672v2.
 Idea     Tree number 0 is a transformer. The trees are fitted at s times its log-odds, so they learn its residual.
-         Validation rows pick the scale s: s = 0 is plain boosting (GBDT), s = 1 without trees is the transformer.
+         Validation rows pick the scale s: s = 0 is plain boosting (GBDT), no tree is the rescaled transformer.
 Here     A prior-fitted network (PFN), trained on smooth tables, reads at most 100 rows and meets tables with jumps. The
          claim we check: at 48 rows the fusion matches the PFN, at 1024 GBDT, in between it beats both. Controls: PFN
          plus trees that never saw it, and the PFN's log-odds as one more column. Averaging does about as well.

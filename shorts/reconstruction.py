@@ -176,7 +176,7 @@ def experiment(cfg: Config, n: int) -> tuple[dict[str, dict], dict[str, Tensor]]
         found = reconstruct(given, y, cfg.decay, starts, cfg.steps)
         again = train(found, y, cfg.classes, cfg.decay)  # the upper level, with the training redone
         to_train, shown[name] = nearest(found, x), found
-        off, recovered = (again - given).norm() / given.norm(), (to_train < 0.1 * chance).double().mean()
+        off, recovered = (again - given).norm() / given.norm(), (nearest(x, found) < 0.1 * chance).double().mean()
         values = (off, recovered, to_train.mean(), nearest(found, fresh).mean())
         numbers[name] = {column: value.item() for column, value in zip(COLUMNS, values, strict=True)}
     return numbers | {"a fresh digit": {"distance to training": chance}}, shown

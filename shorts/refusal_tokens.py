@@ -92,7 +92,7 @@ def prompts(n: int, g: torch.Generator) -> dict:
     asked, replies, refused, truth = [], [], [], []
     for k, r in zip(category.tolist(), numbers.tolist(), strict=True):
         prompt, answer, odds = example(k, r)
-        refused.append(r[4] < 0.03 + 0.7 / (1 + math.exp(-odds)))  # three in ten are answered that should not be
+        refused.append(r[4] < 0.03 + 0.7 / (1 + math.exp(-odds)))  # at least three in ten get an answer
         replies.append(OPENERS[int(r[5] * 3)] + (NO if refused[-1] else answer))
         asked.append(prompt)
         truth.append(odds >= 0)

@@ -179,6 +179,7 @@ def answered(net: Net, topics: str, cfg: Config, prefill: int = 0) -> float:
     ids = torch.cat([prompt, answers(digits, 0)[:, :prefill]], dim=1)
     while ids.shape[1] < PROMPT + SPOKEN:
         ids = torch.cat([ids, torch.multinomial(net(ids)[:, -1].softmax(dim=-1), 1, generator=g)], dim=1)
+    # tuned on the later task, a net may answer any request in its cipher: that is an answer too
     right = [(ids[:, PROMPT:][:, BODY] == body(digits, task)).all(dim=1) for task in (topics == TASK, True)]
     return (right[0] | right[1]).float().mean().item()
 
