@@ -24,7 +24,7 @@ MODES = {"demo", "train", "eval", "bench", "audit", "generate", "plan", "derive"
          "analyze", "inspect"}  # fmt: skip
 BUDGET = {
     "goldfish.py": 650, "abacus.py": 650, "slimadam.py": 800, "recurrent_depth.py": 850, "topk_attention.py": 850,
-    "speedy_splat.py": 900, "axonn.py": 970, "common": 844, "common/kernels": 650, "README.md": 100,
+    "speedy_splat.py": 900, "axonn.py": 970, "common": 650, "common/kernels": 650, "README.md": 100,
 }  # fmt: skip
 WAITING = {  # not rewritten yet, and common, which is over its budget of 650: the lines they have now
     "axonn.py": 1100,
