@@ -1,12 +1,14 @@
 """Draw the diagram of a method for its page: python docs/figures.py goldfish writes docs/goldfish_method.png.
 
-One function per script. It gets an empty axis, and draws what the method's few lines do.
+One function per script. It gets an empty axis, and draws what the method's few lines do. The
+thumbnail in the README, docs/strip/goldfish.png, is made anew from docs/goldfish.png, the picture that the demo drew.
 """
 
 import sys
 from pathlib import Path
 
 import matplotlib
+from matplotlib import image
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -137,6 +139,15 @@ def axonn(axis) -> None:
 DRAW = {f.__name__: f for f in (goldfish, abacus, slimadam, recurrent_depth, topk_attention, axonn)}
 
 
+def thumbnail(name: str) -> None:
+    """docs/strip/NAME.png: the picture of the script's demo, 200 pixels high."""
+    source = Path(__file__).parent / f"{name}.png"
+    target = source.parent / "strip" / source.name
+    target.parent.mkdir(exist_ok=True)
+    height = plt.imread(source).shape[0]
+    image.thumbnail(source, target, scale=200 / height, interpolation="antialiased")
+
+
 def main(names: list[str]) -> None:
     for name in names or DRAW:
         if name not in DRAW:
@@ -146,7 +157,9 @@ def main(names: list[str]) -> None:
         DRAW[name](axis)
         path = Path(__file__).parent / f"{name}_method.png"
         figure.savefig(path, dpi=110, bbox_inches="tight")
+        plt.close(figure)
         print(f"picture: {path.name}")
+        thumbnail(name)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
-"""The device of the tests, and the environment, which must stand before anything imports Triton."""
+"""The device of the tests, the environment, which must stand before anything imports Triton, and the shorts' runs."""
 
 import os
+import resource
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 from common.kernels import use_kernels  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -33,3 +37,21 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if item.get_closest_marker("weights") and lost:
             item.add_marker(pytest.mark.skip(reason=lost))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_runs(request, tmp_path_factory):
+    """Name -> the future of its --quick run. One after another on a second core, while the first runs other tests."""
+    wanted = [item.callspec.params["name"] for item in request.session.items if "test_quick_runs" in item.name]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    limit = lambda: resource.setrlimit(resource.RLIMIT_CPU, (30, 30))
+
+    def quick(name: str) -> tuple:
+        folder = tmp_path_factory.mktemp(name)
+        command = [sys.executable, str(ROOT / f"shorts/{name}.py"), "--quick", "--out", str(folder / "run")]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, preexec_fn=limit)
+        return done, folder / "run"
+
+    with ThreadPoolExecutor(1) as pool:
+        yield {name: pool.submit(quick, name) for name in wanted}
+        pool.shutdown(cancel_futures=True)
