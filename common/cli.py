@@ -72,7 +72,11 @@ def run(main, config: type, presets: dict[str, dict] | None = None) -> None:
         main(parse(config, presets=presets))
     except KeyboardInterrupt:
         os._exit(130)  # at once: peers blocked in a collective are torchrun's to stop
-    except (BadInput, OSError, MemoryError, ModuleNotFoundError) as e:
+    except (BadInput, OSError, MemoryError, ModuleNotFoundError, RuntimeError) as e:
+        if isinstance(e, RuntimeError):
+            if "gloo/transport" not in str(e) and type(e).__module__ != "torch.distributed":
+                raise
+            e = "lost another rank, whose own message tells why. Start the job again, with --resume to go on."
         where = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(f"{os.path.basename(sys.argv[0])}: error: {where}{e}", file=sys.stderr, flush=True)  # whichever rank
         sys.exit(2)

@@ -122,24 +122,19 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def timed(cases: dict[str, Callable], device: torch.device, repeats: int = 10, warmup: int = 2) -> dict[str, tuple]:
     """Seconds of each case as (median, spread), spread = half the interquartile range.
 
     Cases run interleaved, one call of each per round, so that a slow minute of the machine falls on all alike.
     """
     seconds = {name: [] for name in cases}
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     for i in range(warmup + repeats):
         for name, fn in cases.items():
-            synchronize(device)
+            wait()
             start = time.perf_counter()
             fn()
-            synchronize(device)
+            wait()
             if i >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     spread = lambda s: (statistics.quantiles(s, n=4)[2] - statistics.quantiles(s, n=4)[0]) / 2 if len(s) > 1 else 0.0
@@ -147,10 +142,7 @@ def timed(cases: dict[str, Callable], device: torch.device, repeats: int = 10, w
 
 
 def peak_bytes(fn: Callable, device: torch.device) -> int:
-    """Most bytes of GPU memory that fn() held at once beyond what was held before; 0 on a CPU, where nobody counts."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.synchronize(device)
+    """Most bytes of GPU memory that fn() held at once beyond what was held before."""
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     fn()

@@ -185,31 +185,61 @@ def test_a_full_disk(name, tmp_path):
     assert metrics(folder) and not list(folder.glob("checkpoint*"))
 
 
+def agents(name: str, per_node: int, out: Path, *more: str) -> list[subprocess.Popen]:
+    """Two torchrun agents that meet on loopback, each with `per_node` ranks of the script's small run."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        meet = f"127.0.0.1:{s.getsockname()[1]}"
+    how = ["--nnodes", "2", "--nproc-per-node", str(per_node), "--rdzv-backend", "c10d", "--rdzv-endpoint", meet]
+    argv = [sys.executable, "-m", "torch.distributed.run", *how, f"{name}.py", *train(name, out, *more)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return [subprocess.Popen(argv, cwd=ROOT, env=env, start_new_session=True, **quiet) for _ in range(2)]
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_lost_node_ends_the_job_with_one_line_and_it_resumes(name, tmp_path):
+    """One of two agents and its rank are killed: the other rank says one line, and one process takes the run up."""
+    long = "--steps", "100000"
+    both = agents(name, 1, tmp_path, *long)
+    try:
+        until(lambda: list(tmp_path.glob("checkpoint*.previous")), both[0], "a second checkpoint")
+        ranks = Path(f"/proc/{both[1].pid}/task/{both[1].pid}/children").read_text().split()
+        for lost in (both[1].pid, *map(int, ranks)):
+            os.kill(lost, signal.SIGKILL)
+        said = both[0].communicate(timeout=90)[0]
+    finally:
+        kill(both)
+    ours = [x for x in said.splitlines() if x.startswith(f"{name}.py: error: ")]
+    assert len(ours) == 1 and "lost another rank" in ours[0] and "--resume" in ours[0], said
+    assert f'{name}.py", line' not in said, "a traceback of the script"
+    at = last_step(tmp_path)
+    again = start(name, *train(name, tmp_path, *long, "--resume"))
+    try:
+        until(lambda: last_step(tmp_path) > at, again, "steps after the resumption")
+        again.send_signal(signal.SIGTERM)
+        said = again.communicate(timeout=60)[0]
+    finally:
+        kill([again])
+    assert again.returncode == 0 and "going on after step" in said, said
+
+
 @pytest.mark.drill
 def test_two_agents_meet_stop_and_resume(tmp_path):
     """docs/cluster.md in small: two torchrun agents on loopback equal one process; a scheduler's SIGTERM to both leaves
     a checkpoint, and the job that is queued again goes on from it."""
 
-    def agents(out: Path, *more: str) -> list[subprocess.Popen]:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            meet = f"127.0.0.1:{s.getsockname()[1]}"
-        how = ["--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", meet]
-        argv = [sys.executable, "-m", "torch.distributed.run", *how, "goldfish.py", *train("goldfish", out, *more)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return [subprocess.Popen(argv, cwd=ROOT, env=env, start_new_session=True, **quiet) for _ in range(2)]
-
     steps = ("--steps", "30")
     assert run_script("goldfish.py", *train("goldfish", tmp_path / "one", *steps)).returncode == 0
-    said = finish(agents(tmp_path / "four", *steps), 240)
+    said = finish(agents("goldfish", 2, tmp_path / "four", *steps), 240)
     head = json.loads((tmp_path / "four" / "metrics.jsonl").read_text().splitlines()[0])
     assert head["world"] == 4, said
     pairs = zip(metrics(tmp_path / "one"), metrics(tmp_path / "four"), strict=True)
     assert max(abs(a["loss"] - b["loss"]) for a, b in pairs) < 1e-3
 
     out, long = tmp_path / "stopped", ("--steps", "100000", "--save-every", "0")
-    both = agents(out, *long)
+    both = agents("goldfish", 2, out, *long)
     try:
         until(lambda: last_step(out) > 3, both[0], "the first steps")
         for agent in both:
@@ -219,7 +249,7 @@ def test_two_agents_meet_stop_and_resume(tmp_path):
         kill(both)
     at = last_step(out)
     assert (out / "checkpoint.pt").exists()
-    again = agents(out, *long, "--resume")
+    again = agents("goldfish", 2, out, *long, "--resume")
     try:
         until(lambda: last_step(out) > at + 3, again[0], "steps after the resumption")
         for agent in again:
