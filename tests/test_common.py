@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import ROOT, finish, kill, run_ranks, start_ranks
+from ranks import ROOT, finish, kill, run_ranks, run_script, start_ranks
 
 from common import cli, cluster, loop, report
 from common.cli import BadInput, opt
@@ -329,23 +329,31 @@ def test_the_job_file_of_the_cluster_page_survives_the_time_limit(tmp_path):
 
 
 def test_a_fault_that_only_another_rank_meets_is_printed_with_its_rank(tmp_path):
+    """... and the rank that waited for it says so in one line; a fault of the script's own keeps its traceback."""
     code = """
 import os
 from dataclasses import dataclass
-from common import cli
+import torch
+from common import cli, cluster
 from common.cli import BadInput, opt
 @dataclass
 class Config:
     mode: str = opt("demo", "m", positional=True)
 def main(cfg):
-    if os.environ["RANK"] == "1":
-        raise BadInput("the disk of this node is full")
+    with cluster.world("cpu") as w:
+        if w.main:
+            cluster.total(torch.ones(1))
+        raise BadInput("the disk of this node is full") if w.size > 1 else RuntimeError("a bug")
 cli.run(main, Config)
 """
     (tmp_path / "script.py").write_text(code)
     ranks = start_ranks(2, str(tmp_path / "script.py"))
     said = finish(ranks)
     assert ranks[1].returncode == 2 and "script.py: error: rank 1: the disk of this node is full" in said[1]
+    assert ranks[0].returncode == 2 and "Traceback" not in said[0]
+    assert "script.py: error: rank 0: lost another rank" in said[0] and "--resume" in said[0]
+    lone = run_script(str(tmp_path / "script.py"))
+    assert lone.returncode == 1 and "RuntimeError: a bug" in lone.stderr
 
 
 def test_lone_runs_under_srun_are_warned(monkeypatch, capsys):
