@@ -41,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from common import cli, cluster, loop, report
 from common.cli import BadInput, opt
 from common.kernels import cross_entropy as kernels, use_kernels
-from common.text import Tokenizer, corpus
+from common.text import Tokenizer, checksum, corpus
 from common.weights import open_weights, rope_frequencies, rotate
 
 # %% the method: which targets have a loss
@@ -298,15 +298,17 @@ class Config:
 
     def __post_init__(self):
         sizes = (self.h, self.block - 1, self.batch, self.accum, self.steps, self.log_every, self.d_model, self.n_layer)
-        shown, ahead, trains = self.canaries * self.exposures, int(self.window == "context"), self.mode in TRAINED
+        shown, trains = self.canaries * self.exposures, self.mode in TRAINED
+        need = self.k if self.strategy == "static" else self.h + int(self.window == "context")
         for wrong, message in (
             (min(*sizes, self.canaries, *self.beams, self.exposures + 1, self.save_every + 1) < 1,
              "sizes, --steps, --canaries, --beams must be at least 1, --block 2, --exposures and --save-every 0"),
             (self.k < 0 or self.k == 1, f"--k {self.k}: give 0 for ordinary training, or 2 or more"),
             (not 0 < self.lr < math.inf, f"--lr {self.lr}: give a number above 0"),
             (self.d_model % 32 or self.vocab < 256, "--d-model is a multiple of 32, --vocab at least 256"),
-            (trains and self.h + ahead > self.block, f"--h {self.h} has no room in rows of --block {self.block}: no "
-             f"target would be dropped. Give --block {self.h + ahead} or more"),
+            (trains and need > self.block, f"--h {self.h} or a static --k {self.k} has no room in rows of --block "
+             f"{self.block}: no target would be dropped. Give --block {need} or more"),
+            (self.model and (self.d_model, self.n_layer) != (128, 2), "--model: leave --d-model and --n-layer out"),
             (trains and shown > self.steps * self.batch, f"--canaries {self.canaries} x --exposures {self.exposures} = "
              f"{shown} exceed the {self.steps * self.batch} rows of --steps x --batch"),
             (self.mode == "train" and self.preset == "demo" and (self.data != ("docs",) or self.model),
@@ -351,9 +353,7 @@ def encoded(cfg: Config, text: str) -> tuple[np.ndarray, object]:
 
 
 class Text:
-    """The corpus as rows of block + 1 tokens, split by the seed: canaries, non-members, validation, background.
-
-    Canaries are rows that share fewest runs of 13 tokens with others: none in the demo. A .npy is not read whole."""
+    """The corpus as rows of block + 1 tokens, split by the seed: canaries, non-members, validation, background."""
 
     def __init__(self, cfg: Config):
         text, self.seed, width = corpus(cfg.data), cfg.seed, cfg.block + 1
@@ -361,12 +361,12 @@ class Text:
         self.vocab = cfg.vocab if cfg.model in ("", "tinyllama") else open_weights(cfg.model).config["vocab_size"]
         n, held = len(ids) // width, 2 * cfg.canaries + VALIDATION
         self.table = ids[: n * width].reshape(n, width)
-        self.crc = zlib.crc32(self.table[: 2**10].tobytes())
+        self.crc = checksum(ids)
         order, need = shuffled(n, cfg.seed, 1), held + (cfg.canaries * cfg.exposures < cfg.steps * cfg.batch)
         if n < need:
             what = f"{need} rows of {width} tokens are needed, it has {len(ids)} tokens"
             raise BadInput(f"the text is too small: {what}. Add text or lower --canaries.")
-        if isinstance(text, str):  # canaries and held-out rows, of all rows the least repeated ones, go first
+        if isinstance(text, str):  # the least repeated rows become canaries and held-out ones; a .npy is not read whole
             alone = repeated(self.table)[order].argsort(stable=True)[: 2 * cfg.canaries]
             rest = torch.ones(n, dtype=torch.bool).index_fill(0, alone, False)
             order = torch.cat([order[alone], order[rest]])
@@ -420,8 +420,8 @@ def train_model(cfg: Config, text: Text, w: cluster.World, run: report.Run, what
     model = start_model(cfg).to(w.device)
     ddp, warmup = nn.parallel.DistributedDataParallel(model), max(1, cfg.steps // 10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=0.1)
-    parts = {"model": model, "optimizer": optimizer}
-    for step in loop.steps(cfg, w, run, parts, cfg.steps, what, path, {"text": text.crc}):
+    parts = {"model": model, "optimizer": optimizer}  # a resumed run may have another --accum: it changes no number
+    for step in loop.steps(replace(cfg, accum=1), w, run, parts, cfg.steps, what, path, {"text": text.crc}):
         rows = text.batch(cfg, step, **shown)  # (batch, block + 1), the same on every rank
         keep, loss = keep_mask(cfg, rows, step), 0.0
         count = keep.sum().clamp(min=1).item()  # |G|

@@ -32,7 +32,6 @@ import json
 import math
 import re
 import warnings
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +48,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from common import cli, cluster, loop, report
 from common.cli import BadInput, opt
-from common.text import Tokenizer, corpus
+from common.text import Tokenizer, checksum, corpus
 
 # %% the method: one second moment per line, where Adam has one per weight
 #
@@ -537,7 +536,7 @@ class Text:
         self.table, held = ids[: n * width].reshape(n, width), np.arange(n) // 32 % 20 == 19
         self.train, self.validation = np.flatnonzero(~held), np.flatnonzero(held)
         self.validation = self.validation[:: max(1, len(self.validation) // 256)][:256]
-        self.crc = zlib.crc32(self.table[:: max(1, n // 1024)].tobytes())
+        self.crc = checksum(ids)
         if len(self.validation) == 0 or len(self.train) < cfg.batch:
             raise BadInput(f"the text is too small: {n} rows of {width} tokens. Add text, lower --block or --batch.")
 

@@ -15,13 +15,13 @@ Differs  - A 0.1 M parameter Llama without MLP, and SmolLM2-135M, for Llama-3 8B
     python topk_attention.py                                        # laptop: table, claim, picture; 2 minutes
     python topk_attention.py --quick                                # half a minute, no verdict
     torchrun --nproc-per-node 2 topk_attention.py --device cpu      # the same table
-    python topk_attention.py eval --model smollm2 --samples 10      # a real model; see --tasks, --slope, --resume
+    python topk_attention.py eval --model smollm2 --samples 10      # a real model; see --tasks, --ks, --resume
     python topk_attention.py generate --model smollm2 --document README.md --prompt "What is it?" --save-context c.pt
     python topk_attention.py generate --model smollm2 --load-context c.pt --prompt "Who is it for?"
     python topk_attention.py bench                                  # against dense attention and the released way
 
 Expect   "2 % of the rows keep" at least 0.95 of dense, on CPU with seed 0, for any number of processes.
-Writes   results/topk_attention/: metrics.jsonl, claim.json, topk_attention.png
+Writes   results/topk_attention/: metrics.jsonl, claim.json, topk_attention.png, bench.json
 """
 
 from __future__ import annotations
@@ -271,8 +271,8 @@ class KVStore:
             store.dtype, store.n = k.dtype, k.shape[1]
             if any(x.shape != k.shape for layer in store.layers for x in layer):
                 raise ValueError("its layers do not have one shape")
-        except Exception as e:  # whatever a damaged file makes torch raise
-            raise BadInput(f"{path} is no whole saved context ({type(e).__name__}). Save it again.") from e
+        except Exception as e:  # whatever a damaged file makes torch raise, or too little memory
+            raise BadInput(f"{path} cannot be opened as a saved context ({e}). Free memory, or save it again.") from e
         if model is not None:
             store.check(model)
         return store
@@ -406,11 +406,6 @@ def resolve_k(k: int | float | str, n: int) -> int:
     return min(n, k if type(k) is int else max(1, math.ceil(k * n - 1e-9)))
 
 
-def layer_budgets(k: int, n_layers: int, slope: float = 0.0) -> list[int]:
-    """k per layer, growing linearly from (1 - slope) k in the first layer to (1 + slope) k in the last."""
-    return [max(1, round(k * (1 + slope * (2 * i / max(1, n_layers - 1) - 1)))) for i in range(n_layers)]
-
-
 @torch.no_grad()
 def decode(model: Llama, ids: Tensor, store: KVStore, k, suffix: dict | None = None) -> Tensor:
     """Logits (T, V) of ids (T,) that follow the stored prefix and the suffix; each query chooses its own rows.
@@ -458,7 +453,6 @@ class Config:
     model: str = opt("smollm2", "smollm2, a Hugging Face folder, or a GGUF file", modes=("eval", "generate"))
     k: str = opt("64", "budget: a count, a fraction with a point in it, or dense", modes=("generate",))
     ks: tuple = opt(("1", "8", "0.01", "0.02"), "budgets beside dense", modes=("eval",))
-    slope: float = opt(0.0, "k grows over the layers, from 1 - slope to 1 + slope of it", modes=("eval",))
     tasks: tuple = opt(("single",), "single, multikey, multivalue, vt, cwe", modes=("eval",))
     samples: int = opt(8, "prompts of a task", modes=("eval",))
     context: int = opt(2048, "tokens of a prompt", modes=("eval",))
@@ -472,7 +466,7 @@ class Config:
     steps: tuple = opt((440, 160), "of training, on short and on long rows", modes=("demo",))
     seed: int = opt(0, "of the weights, the rows and the prompts", modes=("demo", "eval", "bench"))
     device: str = opt("auto", "where to compute", ("auto", "cpu", "cuda"))
-    out: str = opt("results/topk_attention", "folder of what the run writes")
+    out: str = opt("results/topk_attention", "folder of what the run writes", modes=("demo", "eval", "bench"))
     resume: bool = opt(False, "go on with an evaluation that was stopped", modes=("eval",))
 
     def __post_init__(self):
@@ -482,7 +476,6 @@ class Config:
         for wrong, message in (
             (min(self.new_tokens, self.samples) < 1, "--new-tokens and --samples are at least 1"),
             (min(self.context, self.keys) < 64, "--context and --keys are at least 64"),
-            (not 0 <= self.slope < 1, f"--slope must be in [0, 1), got {self.slope}"),
             (len(self.steps) != 2 or min(self.steps) < 1, f"--steps are two counts, such as 440 160, got {self.steps}"),
             (set(self.tasks) - set(ROOM), f"--tasks {' '.join(self.tasks)}: there are {', '.join(ROOM)}"),
             (self.mode == "generate" and not self.prompt, "there is nothing to answer: pass --prompt TEXT"),
@@ -646,7 +639,9 @@ class Chat:
     def __init__(self, cfg: Config, device: torch.device):
         self.model = Llama.from_pretrained(cfg.model, getattr(torch, cfg.dtype), device)
         self.tokenizer, config = self.model.tokenizer(), Path(cfg.model) / "tokenizer_config.json"
-        template = json.loads(config.read_text()).get("chat_template") if config.exists() else None
+        template = json.loads(config.read_text()).get("chat_template") if config.exists() else ""
+        if (file := config.with_name("chat_template.jinja")).exists():  # where newer folders keep it
+            template = file.read_text()
         template = "<|im_start|>" if cfg.model == "smollm2" else str(template or "")
         self.head, self.tail, ends = next((x for token, x in TEMPLATES.items() if token in template), ("", "", ()))
         if template and not self.tail:
@@ -664,6 +659,7 @@ def score_tasks(cfg: Config, w: cluster.World, run: report.Run, done: dict) -> d
     """Mean score of each task, dense and with every budget of --ks: the share of the right strings in an answer. The
     ranks share the prompts, and an answer is a line of metrics.jsonl. done: what a stopped run has answered."""
     chat, words, table = Chat(cfg, w.device), ("dense", *cfg.ks), {}
+    mark = chat.model.fingerprint()
 
     def answers(task: str, sample: int) -> list[dict]:
         room = cfg.context - len(chat.encode(chat.head + chat.tail)) - 2
@@ -672,14 +668,14 @@ def score_tasks(cfg: Config, w: cluster.World, run: report.Run, done: dict) -> d
         ids, found = chat.encode(chat.head + asked + (chat.tail or "\n") + start), []
         store = prefill(chat.model, ids[:-1], KVStore(dtype=getattr(torch, cfg.dtype)))
         for word in words:
-            k = 1.0 if word == "dense" else layer_budgets(resolve_k(word, store.n), len(chat.model.layers), cfg.slope)
+            k = resolve_k(word, store.n)
             output = chat.tokenizer.decode(generate(chat.model, ids[-1:], k, ROOM[task], store, chat.stop).tolist())
             score = sum(x.lower() in output.lower() for x in right) / len(right)
-            found.append({"task": task, "sample": sample, "k": word, "score": score, "output": output})
+            found.append({"task": task, "sample": sample, "k": word, "score": score, "output": output, "model": mark})
         return found
 
     for task in cfg.tasks:
-        todo = [s for s in range(cfg.samples) if (task, s, words[-1]) not in done]
+        todo = [s for s in range(cfg.samples) if done.get((task, s, words[-1]), {}).get("model") != mark]
         for i in report.progress(range(0, len(todo), w.size), task, w):
             parts = [[]] * w.size
             dist.all_gather_object(parts, [x for s in todo[i + w.rank : i + w.rank + 1] for x in answers(task, s)])
@@ -766,14 +762,15 @@ def demo(cfg: Config, w: cluster.World) -> None:
 
 def evaluate(cfg: Config, w: cluster.World) -> None:
     """Tasks by budgets, of a real model. --resume goes on with what metrics.jsonl holds. BadInput: other settings."""
-    path, done = Path(cfg.out, "metrics.jsonl"), {}
-    if cfg.resume and path.exists():
+    files, done = [Path(cfg.out, "metrics.jsonl"), Path(cfg.out, "metrics.eval.jsonl")], {}
+    for path in filter(Path.exists, files if cfg.resume else []):
         head, *lines = [json.loads(x) for x in path.read_text().splitlines(keepends=True) if x.endswith("}\n")] or [{}]
-        if (was := head.get("config", {})).get("mode") == "eval":  # a demo's answers are not taken over
+        if lines and (was := head.get("config", {})).get("mode") == "eval":  # a demo's answers are not taken over
             now = loop.facts_of(replace(cfg, samples=was["samples"]))
             loop.check(path, now | {"settings": {name: was.get(name) for name in now["settings"]}}, now)
             whole = {(x["task"], x["sample"]) for x in lines if x.get("k") == cfg.ks[-1]}  # the last budget is answered
             done = {(x["task"], x["sample"], x["k"]): x for x in lines if (x.get("task"), x.get("sample")) in whole}
+            break
     dist.barrier()  # all have read the file before rank 0 begins a new one
     score_tasks(cfg, w, report.Run(cfg.out, cfg, w, len(done)), done)
 
@@ -838,7 +835,9 @@ def bench(cfg: Config, w: cluster.World) -> None:
             recall = sum(torch.isin(a, b).float().mean().item() for a, b in zip(exact, found, strict=True)) / 32
         rows.append([name, 1e3 * median, 1e3 * spread, recall, handed / 1e6])
     title = f"{report.device_name(device)}, {dtype}, {n} keys, 32 query heads over 8 of 64, k = {top}, one layer"
-    w.print(title + "\n" + report.table(["one step", "ms", "+-", "recall", "MB handed"], rows))
+    w.print(title + "\n" + report.table(head := ["one step", "ms", "+-", "recall", "MB handed"], rows))
+    if w.main:
+        report.write_json(f"{cfg.out}/bench.json", {"title": title, "head": head, "rows": rows})
 
 
 def main(cfg: Config) -> None:

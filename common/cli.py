@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import shlex
 import sys
 from dataclasses import field, fields
 
@@ -21,7 +22,7 @@ def spell(name: str, value) -> str:
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"
-    return f"--{flag} {' '.join(map(str, value)) if isinstance(value, (tuple, list)) else value}"
+    return f"--{flag} {shlex.join(map(str, value if isinstance(value, (tuple, list)) else [value]))}"
 
 
 def parse(config: type, argv: list[str] | None = None, presets: dict[str, dict] | None = None):
@@ -76,7 +77,7 @@ def run(main, config: type, presets: dict[str, dict] | None = None) -> None:
         if isinstance(e, RuntimeError):
             if "gloo/transport" not in str(e) and type(e).__module__ != "torch.distributed":
                 raise
-            e = "lost another rank, whose own message tells why. Start the job again, with --resume to go on."
+            e = f"lost another rank ({str(e).splitlines()[0]}). Start the job again, with --resume to go on."
         where = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(f"{os.path.basename(sys.argv[0])}: error: {where}{e}", file=sys.stderr, flush=True)  # whichever rank
         sys.exit(2)

@@ -1,7 +1,9 @@
 """Process group, device, seeds and checkpoint files, on one process or many, under torchrun or plain python."""
 
+import errno
 import gc
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -18,6 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from common.cli import BadInput
 
@@ -76,9 +81,21 @@ def two_processes(cfg) -> None:
     gpu = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
     script = type(cfg).__module__ == "__main__" and cfg.mode == "demo" and "RANK" not in os.environ
     if script and not gpu and (os.cpu_count() or 1) > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+        start_again(2)
+
+
+def start_again(size: int) -> None:
+    """Run this script again as `size` ranks of one machine, and end as the first of them that fails, or with 0."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what is wrong
+    meet = {"run_id": str(os.getpid()), "rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
+    try:
+        elastic_launch(LaunchConfig(1, 1, size, max_restarts=0, **meet), sys.executable)(*sys.argv)
+    except ChildFailedError as e:
+        sys.exit(e.get_first_failure()[1].exitcode)
+    except (KeyboardInterrupt, SignalException):
+        sys.exit(130)
+    sys.exit(0)
 
 
 def generator(*seed: int) -> torch.Generator:
@@ -166,18 +183,25 @@ def save(path: str | Path, state: dict) -> None:
 def _file_fault(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as z:  # torch.load does not verify every byte; the archive's checksums do
-            return f"record {bad} has another checksum" if (bad := z.testzip()) else ""
-    except (zipfile.BadZipFile, EOFError, zlib.error) as e:  # no memory or no right to read is not damage
-        return f"not a complete file ({e})"
+            if bad := z.testzip():
+                return f"record {bad} has another checksum"
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return ""
+    except pickle.UnpicklingError:
+        return "it holds more than tensors and numbers: no checkpoint of these scripts"
+    except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError, ValueError, OSError) as e:
+        if "allocate memory" in str(e) or (isinstance(e, OSError) and e.errno != errno.EINVAL):
+            raise  # no memory or no right to read is not damage
+        return f"not a complete file ({str(e).splitlines()[0]})"
 
 
 def load(path: str | Path) -> dict:
     """The state written by save(), on the CPU, mapped from the file. Errors and fallback as newest()."""
     path = newest(path, _file_fault)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as e:
-        raise BadInput(f"{path} holds more than tensors and numbers: no checkpoint of these scripts.") from e
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(state, dict):
+        raise BadInput(f"{path} holds a {type(state).__name__}: no checkpoint of these scripts.")
+    return state
 
 
 # %% sharded checkpoints: a folder of torch.distributed.checkpoint, our facts.json and checksums.json

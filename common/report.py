@@ -57,8 +57,8 @@ class Run:
             if self.out.is_file():
                 raise BadInput(f"--out {out} is a file. Pass the name of a folder.")
             self.out.mkdir(parents=True, exist_ok=True)
-            if old := _lines(self.path):
-                os.replace(self.path, self.path.with_suffix(f".{old[0]['config'].get('mode', 'demo')}.jsonl"))
+            if len(old := _lines(self.path)) > 1:  # a run that ended before its first line replaces nothing
+                os.replace(self.path, self.path.with_suffix(f".{old[0].get('config', {}).get('mode', 'demo')}.jsonl"))
             head = {"config": asdict(cfg), "world": w.size, "torch": torch.__version__, "revision": revision()}
             self.path.write_text(json.dumps(head) + "\n")
         if step:
@@ -76,8 +76,11 @@ class Run:
         """Append one object to metrics.jsonl. Tensors of one element become numbers."""
         if self.w.main:
             flat = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-            with open(self.path, "a") as f:
-                f.write(json.dumps(flat) + "\n")
+            try:
+                with open(self.path, "a") as f:
+                    f.write(json.dumps(flat) + "\n")
+            except OSError as e:
+                raise OSError(f"cannot write {self.path}: {e}. Free space or pass --out.") from e
 
     def claim(self, claim: str, paper: str, here: str, holds: bool, setting: str) -> bool:
         """Write claim.json and print the last line of a demo. Returns `holds`."""

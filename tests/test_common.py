@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from ranks import ROOT, finish, kill, run_ranks, run_script, start_ranks
 
-from common import cli, cluster, loop, report
+from common import cli, cluster, loop, report, text
 from common.cli import BadInput, opt
 from common.text import Tokenizer, corpus
 
@@ -379,6 +379,39 @@ def test_metrics_resume_drops_what_the_checkpoint_lacks(tmp_path):
     report.Run(tmp_path, Settings("demo"), w)  # a run of another mode keeps them, and the resumed run finds them again
     report.Run(tmp_path, cfg, w, step=10).log(step=20, loss=5.0)
     assert [json.loads(line).get("step") for line in run.path.read_text().splitlines()] == [None, 10, 20]
+    for _ in range(2):
+        report.Run(tmp_path, cfg, w)  # refused before its first step, twice: the lines are still there
+    report.Run(tmp_path, cfg, w, step=20)
+    assert [json.loads(line).get("step") for line in run.path.read_text().splitlines()] == [None, 10, 20]
+    run.path.write_text('{"a": 1}\n{"a": 2}\n')  # of another program
+    report.Run(tmp_path, cfg, w)
+    assert (tmp_path / "metrics.demo.jsonl").read_text().endswith('{"a": 2}\n')
+
+
+def test_any_flipped_bit_of_a_checkpoints_directory_falls_back(tmp_path, capsys):
+    path = tmp_path / "checkpoint.pt"
+    for step in (1, 2):
+        cluster.save(path, {"step": step})
+    raw = bytearray(path.read_bytes())
+    first = raw.index(b"PK\x01\x02")
+    for bit in range(8 * first, 8 * first + 8 * 60):
+        raw[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(raw)
+        assert cluster.load(path)["step"] in (1, 2), bit
+        raw[bit // 8] ^= 1 << bit % 8
+    assert "is damaged" in capsys.readouterr().out
+    torch.save(torch.ones(2), path)
+    with pytest.raises(BadInput, match="holds a Tensor"):
+        cluster.load(path)
+    assert cli.spell("model", "") == "--model ''" and cli.spell("ks", ("1", "a b")) == "--ks 1 'a b'"
+
+
+def test_a_text_is_told_from_one_that_is_longer_or_differs_anywhere():
+    ids = np.arange(9**5, dtype=np.uint16)
+    changed = ids.copy()
+    changed[-1] += 1
+    assert len({text.checksum(x) for x in (ids, ids[:-1], changed, ids.reshape(9, -1)[:8])}) == 4
+    assert text.checksum(ids) == text.checksum(ids.reshape(9, -1))
 
 
 def test_claim(tmp_path, capsys):
