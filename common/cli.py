@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 import shlex
 import sys
 from dataclasses import field, fields
@@ -49,7 +50,7 @@ def parse(config: type, argv: list[str] | None = None, presets: dict[str, dict] 
             how = {"type": kind, "choices": f.metadata["choices"]}
         action = parser.add_argument(flag, default=default, help=help, **how)
         owners |= dict.fromkeys(action.option_strings, f.metadata["modes"])
-    given = [word.split("=")[0] for word in argv if word.startswith("--") and word not in ("--", "--help")]
+    given = [word.split("=")[0] for word in argv if re.match("--?[a-z]", word) and word not in ("-h", "--help")]
     for flag in given:
         if flag not in owners:
             near = difflib.get_close_matches(flag, owners, n=1) or ["--help"]

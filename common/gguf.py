@@ -22,7 +22,7 @@ def _name(name: str) -> str:
     *block, part, kind = name.split(".")
     if name == "output.weight":
         return "lm_head.weight"
-    if part not in NAMES:
+    if part not in NAMES or kind != "weight":
         raise BadInput(f"the GGUF file holds {name}, which we would ignore: the model would be another one.")
     return ".".join(["model", *(["layers", block[1]] if block else []), NAMES[part], kind])
 
@@ -50,6 +50,8 @@ def open_gguf(path: Path) -> Weights:
         "rms_norm_eps": meta("llama.attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "lm_head.weight" not in tensors,
     }  # fmt: skip
+    if meta("llama.rope.dimension_count", config["head_dim"]) != config["head_dim"]:
+        raise BadInput(f"{path}: a part of each head does not rotate, which is not supported.")
 
     def read(name: str) -> Tensor:
         w = torch.from_numpy(lib.quants.dequantize(tensors[name].data, tensors[name].tensor_type).copy())

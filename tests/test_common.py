@@ -66,6 +66,7 @@ def test_flags_are_named_when_they_do_not_fit(capsys):
     for argv, said in (
         (["--topk", "3"], "unknown flag --topk; did you mean --top-k?"),
         (["--epochs=5"], "unknown flag --epochs"),
+        (["-lr", "3"], "unknown flag -lr"),
         (["demo", "--rate", "0.1"], "mode demo does not read --rate; it belongs to train"),
         (["--no-nesterov"], "mode demo does not read --no-nesterov"),
     ):
