@@ -46,8 +46,8 @@ from common.weights import open_weights, rope_frequencies, rotate
 
 # %% the method: which targets have a loss
 #
-# x_i  token i of a row             G_i  1 if target i has a loss, 0 if it is dropped
-# k    one target in k is dropped   h    tokens whose product is hashed
+# x_i  target i, which logits i predict      G_i  1 if target i has a loss, 0 if it is dropped
+# k    one target in k is dropped, on average   h    tokens whose product is hashed: 4 and 13 in the paper
 # L_G = -(1 / |G|) sum_i G_i log P(x_i | x_<i),   |G| = sum_i G_i                                    (Section 3)
 
 

@@ -53,6 +53,7 @@ from common.text import Tokenizer, checksum, corpus
 # %% the method: one second moment per line, where Adam has one per weight
 #
 # K     axes that are averaged: (1,) leaves one number per row, (0,) one per column, () one per weight, as in Adam
+# line  what is averaged into one number: a row for K = (1,), a column for K = (0,)
 # m, v  running means of g and g^2; v has length 1 along K        q     this step's mean of g^2 along K
 # c1    1 - beta1^t, c2 = 1 - beta2^t: what corrects the start at zero in step t = 1, 2, ...
 
@@ -72,7 +73,7 @@ def slim_update(p, g, m, v, q, c1, c2, lr, beta1, beta2, eps, wd) -> None:
 
 
 def snr(v: Tensor, K: tuple) -> float:
-    """SNR_K(v): mean over the lines along K of mean^2 / variance, in float64. NaN: no line has a variance.
+    """SNR_K(v) of Adam's own v: mean over the lines of mean^2 / variance, in float64. NaN: no line has a variance.
     It does not depend on the scale of v. A DTensor is gathered first, so that is collective."""
     v = (v.full_tensor() if isinstance(v, DTensor) else v).detach().double()
     v = v / v.amax().clamp_min(1e-300) if v.numel() else v
@@ -82,8 +83,8 @@ def snr(v: Tensor, K: tuple) -> float:
 
 
 def derive_rules(mean_snr: dict, cutoff: float = 1.0) -> dict:
-    """{name: {K: SNR}} -> {name: K or None}: the axes of highest SNR if that is above the cutoff, else all of v stays.
-    Ties go to the first. A tensor with one axis keeps its v."""
+    """{name: {K: SNR, averaged over steps}} -> {name: K or None}: the axes of highest SNR if it is above the cutoff, else
+    all of v stays. Ties go to the first. A tensor with one axis keeps its v."""
     best = {n: max(t, key=lambda K: -math.inf if math.isnan(t[K]) else t[K]) for n, t in mean_snr.items()}
     return {n: K if len(mean_snr[n]) > 1 and mean_snr[n][K] > cutoff else None for n, K in best.items()}
 

@@ -51,9 +51,9 @@ from common.weights import open_weights, rope_frequencies, rotate
 
 # %% the method: every query chooses its rows, and attends to them and to the suffix under one denominator
 #
-# N prefix rows, of which a query reads the best k      M suffix rows, always read; the T queries are the last of them
+# N prefix rows, of which a query reads the best `top`  M suffix rows, always read; if any, the T queries are the last
 # Hq query heads, Hk key/value heads                    G = Hq / Hk query heads share one         D head width
-# o = softmax([q K_I^T, q K_suffix^T] / sqrt(D)) [V_I; V_suffix],   I = the k rows with the largest q K^T
+# o = softmax([q K_I^T, q K_suffix^T] / sqrt(D)) [V_I; V_suffix],   I = the `top` rows with the largest q K^T
 
 
 def topk_attention(
