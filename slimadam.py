@@ -83,7 +83,7 @@ def snr(v: Tensor, K: tuple) -> float:
 
 
 def derive_rules(mean_snr: dict, cutoff: float = 1.0) -> dict:
-    """{name: {K: SNR, averaged over steps}} -> {name: K or None}: the axes of highest SNR if it is above the cutoff, else
+    """{name: {K: SNR, averaged over steps}} -> {name: K or None}: the axes of highest SNR if above the cutoff, else
     all of v stays. Ties go to the first. A tensor with one axis keeps its v."""
     best = {n: max(t, key=lambda K: -math.inf if math.isnan(t[K]) else t[K]) for n, t in mean_snr.items()}
     return {n: K if len(mean_snr[n]) > 1 and mean_snr[n][K] > cutoff else None for n, K in best.items()}

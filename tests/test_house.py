@@ -30,7 +30,7 @@ WAITING = {  # not rewritten yet, and common, which is over its budget of 650: t
     "axonn.py": 1100,
     "speedy_splat.py": 1950,
     "tests/test_speedy_splat.py": 880,
-    "tests/test_axonn.py": 406, "common": 875,
+    "tests/test_axonn.py": 406, "common": 878,
 }  # fmt: skip
 NEW = [name for name in SCRIPTS if f"{name}.py" not in WAITING]
 
