@@ -41,12 +41,9 @@ def whole(model) -> dict:
 def plain(c, sd, ids, base=1e4):
     """The same model in plain PyTorch from a state dict: ids (B, T) -> logits (B, T, V)."""
     linear = lambda x, name: F.linear(x, sd[f"{name}.weight"], sd.get(f"{name}.bias"))
-
-    def norm(x, name):
-        if c.llama:
-            return F.rms_norm(x, (c.d_model,), sd[f"{name}.weight"], c.eps)
-        return F.layer_norm(x, (c.d_model,), sd[f"{name}.weight"], sd[f"{name}.bias"], c.eps)
-
+    rms = lambda x, name: F.rms_norm(x, (c.d_model,), sd[f"{name}.weight"], c.eps)
+    layer = lambda x, name: F.layer_norm(x, (c.d_model,), sd[f"{name}.weight"], sd[f"{name}.bias"], c.eps)
+    norm = rms if c.llama else layer
     x, T = sd["model.embed_tokens.weight"][ids], ids.shape[1]
     pos = torch.outer(torch.arange(T).to(x), (base ** -(torch.arange(0, c.head_dim, 2) / c.head_dim)).to(x))
     turn = lambda t: torch.view_as_real(torch.complex(*t.chunk(2, -1)) * torch.polar(torch.ones_like(pos), pos))
@@ -112,7 +109,7 @@ def volume(c, rows, dims) -> dict:
 
 def _all_grids(rank):
     """Loss, every gradient, the norm and the bytes: GPT on all 35 grids, Llama on some; masks differ by shard."""
-    for c, every in ((GPT, 1), (replace(LLAMA, checkpoint=True), 5)):
+    for c, every in ((replace(GPT, n_layer=1), 1), (replace(LLAMA, n_layer=1, checkpoint=True), 5)):
         loss, grads, norm = serial(c)
         for dims in [d for size in (1, 2, 4, 8) for d in A.grids(size)][::every]:
             grid = A.Grid(*dims)
@@ -126,23 +123,22 @@ def _all_grids(rank):
 
 
 def _variants(rank):
-    """Overlap in parts, two backward passes, frozen weights: the same gradients, the same bits."""
-    for c, dims in ((GPT, (2, 1, 2, 2)), (LLAMA, (1, 2, 2, 2)), (replace(LLAMA, checkpoint=True), (2, 1, 4, 1))):
+    """Overlap in parts, two backward passes, frozen weights: the same gradients, and the same bits as without."""
+    names, every = ("oar", "ors", "oag"), {"oar", "ors", "oag"}
+    for c, dims in ((GPT, (2, 1, 2, 2)), (replace(LLAMA, checkpoint=True), (1, 2, 4, 1))):
         grid, (_, grads, _) = A.Grid(*dims), serial(c)
-        model, rows = A.GPT3D(c, grid), grid.mine(batch(c))
+        model, rows, bits = A.GPT3D(c, grid), grid.mine(batch(c)), {}
         count = grid.total((unequal(rows) != -100).sum())
-        for passes in (1, 2):
-            bits = []
-            for flags in ({}, {"ors": 1}, {"oag": 1}, {"oar": 1}, {"oar": 1, "ors": 1, "oag": 1}) * 2:
-                model.zero_grad()
-                with A.overlap(model, **{f: f in flags for f in ("oar", "ors", "oag")}):
-                    for part in rows.chunk(passes):
-                        logits = model(part[:, :-1])
-                        (A.vocab_parallel_cross_entropy(logits, unequal(part), grid) / count).backward()
-                grads_match(model, grads)
-                bits.append([p.grad for p in model.parameters()])
+        for passes, hidden in ((1, {}), (1, every), *((1, {name}) for name in names), (1, every), (2, {}), (2, every)):
+            model.zero_grad()
+            with A.overlap(model, **{name: name in hidden for name in names}):
+                for part in rows.chunk(passes):
+                    logits = model(part[:, :-1])
+                    (A.vocab_parallel_cross_entropy(logits, unequal(part), grid) / count).backward()
+            grads_match(model, grads)
+            same = bits.setdefault(passes, [p.grad for p in model.parameters()])
             if passes == 1 or not c.tied:  # a tied weight has two gradients a pass, and the order of four is free
-                assert all(all(map(torch.equal, bits[0], b)) for b in bits)
+                assert all(map(torch.equal, same, [p.grad for p in model.parameters()]))
         for p in (frozen := [model.embed.weight, model.blocks[1].down.weight, model.norm.weight]):
             p.requires_grad_(False)
         model.zero_grad()
@@ -169,7 +165,7 @@ def _operators(rank):
 def _decisions(rank):
     """Steps and clips out of turn are refused, also of a deep copy and after torch's own clipping; NaN stops all."""
     grid = A.Grid(2, 1, 2, 2)
-    rows, norms = grid.mine(batch(GPT)), []
+    rows = grid.mine(batch(GPT))
     for model in (first := A.GPT3D(GPT, grid), copy.deepcopy(first)):
         optimizer = A.adamw(model, 1e-2)
         A.vocab_parallel_cross_entropy(model(rows[:, :-1]), rows[:, 1:], grid).backward()
@@ -184,11 +180,10 @@ def _decisions(rank):
         with pytest.raises(RuntimeError, match="changed after"):
             A.finish(model)
         optimizer.zero_grad()
-    for limit in (0, 0.5, 0):  # 0 is off; after a clip of 0.5 the norm is 0.5
-        A.backward(model, rows, True)
-        norms += [A.clip_grad_norm_(model, limit), A.clip_grad_norm_(model, 0)]
-        model.zero_grad()
-    assert norms[0] == norms[1] == norms[2] == norms[4] == norms[5] and norms[3] == pytest.approx(0.5, abs=1e-5)
+    A.backward(model, rows, True)
+    norm = A.clip_grad_norm_(model, 0)  # 0 is off, and the norm is that before clipping
+    assert A.clip_grad_norm_(model, 0.5) == norm > 0.6 and A.clip_grad_norm_(model, 0) == pytest.approx(0.5, abs=1e-5)
+    model.zero_grad()
     with A.overlap(model), pytest.raises(RuntimeError, match="in flight"):
         A.finish(model)
     before = [p.detach().clone() for p in model.parameters()]
@@ -198,12 +193,9 @@ def _decisions(rank):
     A.finish(model)
     assert not math.isfinite(A.update(model, optimizer, 1e-2, 1.0))
     assert all(map(torch.equal, before, model.parameters()))
-    none = A.backward(model, rows, True, torch.full_like(rows[:, 1:], -100))
-    assert none == 0 and not any(p.grad.any() for p in model.parameters())
     for bad, message in (
         (lambda: A.Grid(3, 1, 1, 1), "grid 3x1x1x1 needs 3 ranks, but world size is 8"),
         (lambda: A.GPT3D(replace(LLAMA, kv_head=1), grid), "Gx must divide 1 key/value heads.*that fit: 1x1x1x8"),
-        (lambda: A.GPT3D(replace(GPT, vocab=62), grid), "grid 2x1x2x2: .* 62 token ids"),
         (lambda: A.Linear3D(grid, 6, 10, name="up"), "up.weight: grid 2x1x2x2 does not divide 10 by Gx Gz = 4"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -226,29 +218,22 @@ def _hidden(rank):
 
 def _state(rank, folder):
     """Saved on 2x2x2x1, loaded on 1x2x1x4: weights and moments are the same whole tensors. A file opens on a grid."""
-    for c in (GPT, LLAMA):
-        ends = []
-        for dims in ((2, 2, 2, 1), (1, 2, 1, 4)):
-            grid = A.Grid(*dims)
-            model = A.GPT3D(replace(c, seed=len(ends)), grid)
-            optimizer = A.adamw(model, 1e-2)
-            for s in range(0 if ends else 3):
-                A.backward(model, grid.mine(batch(c, s)), True)
-                A.update(model, optimizer, 1e-2, 0.5)
-            state = {"tensors": A.sharded_state(model, optimizer)}
-            if not ends:
-                cluster.save_sharded(folder / str(c.llama), state | {"facts": {"step": 3}})
-            else:
-                assert cluster.load_sharded(folder / str(c.llama), state)["facts"]["step"] == 3
-            fresh = A.sharded_state(model, optimizer)
-            ends.append({n: t.full_tensor() if n != "step" else t for n, t in fresh.items()})
-        assert ends[0].keys() == ends[1].keys() and ends[0]["m.model.norm.weight"].any() and ends[1]["step"] == 3
-        assert all(torch.equal(t, ends[1][n]) for n, t in ends[0].items())
+    models = [A.GPT3D(replace(GPT, seed=s), A.Grid(*dims)) for s, dims in enumerate(((2, 2, 2, 1), (1, 2, 1, 4)))]
+    (old, first), (new, second) = ((model, A.adamw(model, 1e-2)) for model in models)
+    for s in range(3):
+        A.backward(old, old.grid.mine(batch(GPT, s)), True)
+        A.update(old, first, 1e-2, 0.5)
+    state = A.sharded_state(old, first)
+    cluster.save_sharded(folder / "state", {"tensors": state, "facts": {"step": 3}})
+    assert cluster.load_sharded(folder / "state", {"tensors": A.sharded_state(new, second)})["facts"]["step"] == 3
+    found, step = A.sharded_state(new, second), state.pop("step")
+    assert found.pop("step") == step == 3 and found.keys() == state.keys() and "v.lm_head.weight" in state
+    assert all(torch.equal(t.full_tensor(), found[name].full_tensor()) for name, t in state.items())
     want = whole(A.GPT3D(LLAMA, A.Grid()))
     config = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 8, "num_key_value_heads": 8,
               "vocab_size": 64, "intermediate_size": 40, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}  # fmt: skip
     A.open_weights = lambda name: SimpleNamespace(config=config, read=want.get, tokenizer=None)
-    opened = A.sharded_state(A.open_model("given", A.Grid(2, 2, 2, 1))[0])
+    opened = A.sharded_state(A.open_model("given", old.grid, dtype="float64")[0])
     assert opened.keys() == want.keys() and all(torch.equal(want[n], t.full_tensor()) for n, t in opened.items())
 
 
@@ -261,9 +246,8 @@ def _everything(rank, size, folder):
 @pytest.mark.slow
 def test_eight_ranks(tmp_path):
     run_ranks(_everything, 8, tmp_path, tmp_path)
-    dcp_to_torch_save(tmp_path / "True", tmp_path / "one.pt")
-    found = torch.load(tmp_path / "one.pt", weights_only=True)["tensors"]
-    assert found["model.layers.1.self_attn.k_proj.weight"].shape == (32, 32) and "lm_head.weight" not in found
+    dcp_to_torch_save(tmp_path / "state", tmp_path / "one.pt")
+    assert torch.load(tmp_path / "one.pt", weights_only=True)["tensors"]["lm_head.weight"].shape == (64, 32)
 
 
 def test_sums_over_tokens_are_wide():
@@ -291,8 +275,6 @@ def test_worked_example_of_the_ranking():
     assert slow["ar_data"] - t["ar_data"] == pytest.approx(32 * 4 * 9e-6)
     for name, flop in (("5B", 7.24e17), ("20B", 2.811e18), ("320B", 4.245e19), ("640B", 8.482e19)):
         assert A.flops_per_iteration(A.MODELS[name], 8192 * 2048) == pytest.approx(flop, rel=1e-3)
-    dense = 2 * (32 * 96 + 32 * 32 + 32 * 80 + 40 * 32)
-    assert A.flops_per_iteration(LLAMA, 10, False) == 10 * (3 * 2 * (dense + 4 * 12 * 32) + 6 * 64 * 32)
 
 
 def test_verdict():
@@ -320,55 +302,40 @@ def test_goldfish_mask_is_that_of_goldfish():
     assert A.memorise("ordinary", 0, width=32, epochs=1) == 0
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command line in this process -> (exit status, all it printed)."""
-
-    def call(*argv):
-        monkeypatch.setattr("sys.argv", ["axonn.py", *argv])
-        try:
-            cli.run(A.main, A.Config)
-        except SystemExit as stopped:
-            return stopped.code, "".join(capsys.readouterr())
-        return 0, "".join(capsys.readouterr())
-
-    return call
-
-
-def test_killed_and_resumed_on_another_grid(tmp_path, run):
+def test_killed_and_resumed_on_another_grid(tmp_path, capsys):
     """kill -9 of one of two ranks, then --resume on one: within rounding the losses of a run never stopped."""
     argv = "train --vocab 304 --block 16 --batch 4 --device cpu --steps 30 --save-every 7".split()
+    train = lambda out, *more: A.main(cli.parse(A.Config, [*argv, "--out", str(out), *more]))
+    steps = lambda out: [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
     killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
-    assert run(*argv, "--out", str(unbroken))[0] == 0
+    train(unbroken)
     ranks = start_ranks(2, "axonn.py", *argv, "--grid", "1", "1", "2", "1", "--out", str(killed))
     while not (killed / "checkpoint.previous").exists() and ranks[0].poll() is None:
         time.sleep(0.02)
     ranks[1].kill()
     finish(ranks)
-    steps = lambda out: [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
     assert steps(killed)[-1]["step"] < 30
-    status, said = run(*argv, "--resume", "--grid", "1", "1", "1", "1", "--out", str(killed))
-    assert status == 0 and "going on" in said
+    train(killed, "--resume", "--grid", "1", "1", "1", "1")
+    assert "going on" in capsys.readouterr().out
     pairs = list(zip(steps(killed), steps(unbroken), strict=True))
     assert len(pairs) == 30 and all(a["loss"] == pytest.approx(b["loss"], rel=1e-5) for a, b in pairs)
     (killed / "metrics.jsonl").write_text('{"config": {"mo')  # settings come from the checkpoint, not from the log
-    status, said = run(*argv, "--resume", "--out", str(killed), "--lr", "5e-4")
-    assert status == 2 and "--lr 0.001" in said and "--lr 0.0005" in said
+    with pytest.raises(cli.BadInput, match="--lr 0.001, this run asks for --lr 0.0005"):
+        train(killed, "--resume", "--lr", "5e-4")
 
 
-def test_bad_input(run, tmp_path):
+def test_bad_input(tmp_path, capsys):
     for argv, message in (
         ("train --grid 2 1 1 1", "grid 2x1x1x1 needs 2 ranks, but world size is 1"),
         ("train --grid 2 0 1 1", "the last may be 0"),
-        ("train --vocab 100", "--vocab takes 256 or more"),
         ("train --lr -1", "--lr -1.0: give a number above 0"),
         ("train --block -5", "--block -5: give a number of at least 0"),
-        ("train --save-every -1", "--save-every -1"),
         ("train --block 9999999", "rows of --block 9999999 need more"),
         ("bench --model smollm2", "bench knows tiny, 5B"),
     ):
-        status, said = run(*argv.split(), "--out", str(tmp_path))
-        assert status == 2 and message in said and not any(tmp_path.iterdir()), argv
+        with pytest.raises((SystemExit, cli.BadInput)) as stopped:
+            A.main(cli.parse(A.Config, [*argv.split(), "--out", str(tmp_path)]))
+        assert message in str(stopped.value) + capsys.readouterr().err and not any(tmp_path.iterdir()), argv
 
 
 @pytest.mark.weights
@@ -376,8 +343,8 @@ def test_bad_input(run, tmp_path):
 def test_real_weights():
     """One layer of the real model, two families of names: plain PyTorch from the file's tensors gives its logits."""
     weights, ids = open_weights("smollm2"), torch.arange(8)[None] * 1000
-    model, tokenizer = A.open_model("smollm2", A.Grid(), n_layer=1, dtype="float64")
+    model, _ = A.open_model("smollm2", A.Grid(), n_layer=1, dtype="float64")
     with torch.no_grad():
         sd = {name: weights.read(name).double() for name in whole(model)}
-        torch.testing.assert_close(model(ids), plain(model.cfg, sd, ids, weights.config["rope_theta"]), rtol=1e-4, atol=1e-4)
-    assert tokenizer().encode(" the").ids
+        want = plain(model.cfg, sd, ids, weights.config["rope_theta"])
+        torch.testing.assert_close(model(ids), want, rtol=1e-4, atol=1e-4)
