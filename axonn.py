@@ -15,6 +15,7 @@ Differs  - Weights are gathered again in backward (the paper keeps them). Norms 
     python axonn.py --quick                                         # 4 ranks, shorter, no verdict
     torchrun --nproc-per-node 4 axonn.py train --grid 2 1 2 1 --device cpu    # --resume goes on, on any grid
     torchrun --nproc-per-node 3 axonn.py train --model smollm2 --grid 3 1 1 1 --batch 2 --steps 3 --lr 1e-5
+    python -c "from axonn import *; print(rank_configs(MODELS['20B'], 64, 2048, MACHINES['frontier'], min_tp=16))"
     torchrun --nproc-per-node 2 axonn.py bench --device cpu         # all grids, FSDP2 and DDP on the same block
     python axonn.py bench --model 5B --checkpoint --dtype bfloat16 --batch 4                  # one GPU; never run
     python -m torch.distributed.checkpoint.format_utils dcp_to_torch results/axonn/checkpoint whole.pt    # one file
@@ -363,7 +364,7 @@ class Embedding3D(Linear3D):
 
     def forward(self, ids: Tensor) -> Tensor:
         if not ids.is_cuda and ((ids < 0) | (ids >= self.vocab)).any():  # asking a GPU would make the host wait
-            raise IndexError(f"token ids outside [0, {self.vocab}): {ids.unique().tolist()}")
+            raise IndexError(f"token ids {ids.min()} to {ids.max()}; the embedding has 0 to {self.vocab - 1}")
         W = Gather.apply(self.weight, self.grid)  # (V/Gx, h/Gy), wide: 16-bit sums of equal ids would stall
         local = ids - self.grid.at["x"] * len(W)
         mine = (local >= 0) & (local < len(W))  # one rank along X has the row, the others add zero
@@ -404,9 +405,9 @@ class RMSNorm3D(LayerNorm3D):
 def vocab_parallel_cross_entropy(logits: Tensor, targets: Tensor, grid: Grid, ignore_index: int = -100) -> Tensor:
     """Cross-entropy of logits (..., V/Gx) and targets (...), the same on all X, summed over this rank's tokens."""
     logits, v = logits.to(torch.promote_types(logits.dtype, torch.float32)), logits.shape[-1]
-    keep, local = targets != ignore_index, targets - grid.at["x"] * v
-    if not targets.is_cuda and (keep & ((targets < 0) | (targets >= v * grid.n["x"]))).any():
-        raise IndexError(f"targets that are no tokens nor ignored: {targets.unique().tolist()}")
+    keep, local, V = targets != ignore_index, targets - grid.at["x"] * v, v * grid.n["x"]
+    if not targets.is_cuda and (keep & ((targets < 0) | (targets >= V))).any():
+        raise IndexError(f"targets {targets.min()} to {targets.max()}; give 0 to {V - 1}, or {ignore_index}")
     mine = keep & (local >= 0) & (local < v)
     top = grid.all_reduce(logits.detach().amax(dim=-1), "x", dist.ReduceOp.MAX)  # (...)
     logits = logits - top[..., None]
@@ -763,7 +764,6 @@ def train(cfg: Config, w: cluster.World) -> None:
     if len(ids) < T + 2:
         raise BadInput(f"the text has {len(ids)} tokens; rows of --block {T} need more. Give a longer --data.")
     optimizer, run = adamw(model, cfg.lr, betas=(0.9, 0.95)), report.Run(cfg.out, cfg, w)
-
     loaded = lambda state: [s["step"].fill_(state["step"].item()) for s in optimizer.state.values()]
     parts = {"tensors": SimpleNamespace(state_dict=lambda: sharded_state(model, optimizer), load_state_dict=loaded)}
     any_grid = replace(cfg, grid=Config.grid, checkpoint=False)  # what a resumed run may change
