@@ -31,7 +31,6 @@ import functools
 import itertools
 import math
 import os
-import sys
 import zlib
 from collections import Counter, namedtuple
 from collections.abc import Callable, Iterator
@@ -54,14 +53,15 @@ from torch.utils.checkpoint import checkpoint
 
 from common import cli, cluster, loop, report
 from common.cli import BadInput, opt
-from common.text import Tokenizer, corpus
+from common.text import Tokenizer, checksum, corpus
 from common.weights import open_weights, rope_frequencies, rotate
 
 # %% the method: O = I W^T on a grid of ranks, in three operators
 #
 # I (m, k)  a layer's input, m tokens     W (n, k)  its weight, as PyTorch stores it     O (m, n)  its output
 # Gx Gy Gz Gd  the grid's sizes           Z splits m, Y splits k, X splits n             m/Gz, k/Gy ...  a rank's part
-# A transposed layer exchanges X and Y, so that its input lies as the output of the layer before it does.
+# Z splits the rows of W once more, and D shares the tokens among copies of all this, whose gradients finish() sums.
+# Every second layer exchanges X and Y (down "x", across "y"), so that it takes I as the layer before it left O.
 
 
 class Gather(torch.autograd.Function):
@@ -103,7 +103,8 @@ class Copy(torch.autograd.Function):
 
 
 def linear3d(I: Tensor, w: Tensor, grid: Grid, down: str = "y", across: str = "x") -> Tensor:
-    """I (m/Gz, k/Gy), w: this rank's rows of its block of W, (n/Gx/Gz, k/Gy) -> O (m/Gz, n/Gx)."""
+    """I (m/Gz, k/Gy), w: this rank's rows of its block of W, (n/Gx/Gz, k/Gy) -> O (m/Gz, n/Gx).
+    down: the axis that splits k, over which O is summed. across: the axis whose ranks hold I alike."""
     W = Gather.apply(w, grid)  # (n/Gx, k/Gy)
     return Sum.apply(Copy.apply(I, grid, across) @ W.T, grid, down)
 
@@ -767,7 +768,7 @@ def train(cfg: Config, w: cluster.World) -> None:
     loaded = lambda state: [s["step"].fill_(state["step"].item()) for s in optimizer.state.values()]
     parts = {"tensors": SimpleNamespace(state_dict=lambda: sharded_state(model, optimizer), load_state_dict=loaded)}
     any_grid = replace(cfg, grid=Config.grid, checkpoint=False)  # what a resumed run may change
-    same = {"text": zlib.crc32(ids[:: max(1, len(ids) // 4096)].tobytes())}
+    same = {"text": checksum(ids)}
     for step in loop.steps(any_grid, w, run, parts, cfg.steps, "train", f"{cfg.out}/checkpoint", same):
         g = cluster.generator(cfg.seed, 1, step)  # all rows are a function of seed and step alone
         pick = torch.randint(len(ids) - T, (cfg.batch, 1), generator=g) + torch.arange(T + 1)
@@ -959,9 +960,7 @@ def bench(cfg: Config, w: cluster.World) -> None:
 def main(cfg: Config) -> None:
     """Run one mode; a demo without torchrun starts its own ranks."""
     if cfg.mode == "demo" and "RANK" not in os.environ:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4" if cfg.quick else "8"]
-        os.execv(sys.executable, [sys.executable, *launcher, *sys.argv])
+        cluster.start_again(4 if cfg.quick else 8)
     with cluster.world("cpu" if cfg.mode == "demo" and cfg.device == "auto" else cfg.device) as w:
         {"demo": demo, "train": train, "bench": bench}[cfg.mode](cfg, w)
 

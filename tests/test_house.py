@@ -27,10 +27,9 @@ BUDGET = {
     "speedy_splat.py": 900, "axonn.py": 970, "common": 650, "common/kernels": 650, "README.md": 100,
 }  # fmt: skip
 WAITING = {  # not rewritten yet, and common, which is over its budget of 650: the lines they have now
-    "axonn.py": 1100,
     "speedy_splat.py": 1950,
     "tests/test_speedy_splat.py": 880,
-    "tests/test_axonn.py": 406, "common": 878,
+    "common": 878,
 }  # fmt: skip
 NEW = [name for name in SCRIPTS if f"{name}.py" not in WAITING]
 
