@@ -880,7 +880,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     n, width, epochs = (1, 64, 4) if cfg.quick else (3, 256, EPOCHS)
     if w.rank < 4:
         cases = {d: steps_of(GPT3D(TIMED, made[d]), 16, False, n) for d in four}
-        took = report.timed(cases, w.device, 3, 1)
+        took = report.timed(cases, w.device, n, 1)  # n runs of n steps, interleaved
     shares = torch.zeros(3, dtype=torch.float64, device=w.device)
     if w.rank < 3:
         shares[w.rank] = memorise(LOSSES[w.rank], cfg.seed, width, epochs)
