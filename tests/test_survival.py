@@ -230,7 +230,7 @@ def test_two_agents_meet_stop_and_resume(tmp_path):
     """docs/cluster.md in small: two torchrun agents on loopback equal one process; a scheduler's SIGTERM to both leaves
     a checkpoint, and the job that is queued again goes on from it."""
 
-    steps = ("--steps", "30")
+    steps = ("--steps", "30", "--exposures", "20")
     assert run_script("goldfish.py", *train("goldfish", tmp_path / "one", *steps)).returncode == 0
     said = finish(agents("goldfish", 2, tmp_path / "four", *steps), 240)
     head = json.loads((tmp_path / "four" / "metrics.jsonl").read_text().splitlines()[0])
