@@ -402,6 +402,9 @@ def retrofit(state_dict: dict[str, Tensor], config: dict, split=(4, 8, 4), seed:
     """Make a pretrained Llama recurrent, from Hugging Face's names and config (arXiv:2511.07384). split (p, R, c): the
     first p layers become the prelude, the last c the coda, the R before those the core; others are dropped, and only
     the adapter is new. BadInput: the split or the tensors do not fit."""
+    needs = "num_hidden_layers hidden_size num_attention_heads intermediate_size vocab_size max_position_embeddings"
+    if lost := [name for name in (*needs.split(), "rms_norm_eps") if not isinstance(config.get(name), (int, float))]:
+        raise BadInput(f"the config of a Llama has numbers for {', '.join(lost)}; this one has not")
     (p, R, c), n = split, config["num_hidden_layers"]
     if min(split) < 1 or sum(split) > n:
         raise BadInput(f"--split {p} {R} {c} needs {sum(split)} layers, each part at least 1; the model has {n}")
@@ -419,11 +422,9 @@ def retrofit(state_dict: dict[str, Tensor], config: dict, split=(4, 8, 4), seed:
         f"{place}.{ours}": [f"model.layers.{i}.{old}" for old in parts]
         for place, i in zip(places, kept, strict=True) for ours, parts in LLAMA.items()
     }  # fmt: skip
-    used, mine = (
-        {f"{name}.weight" for parts in sources.values() for name in parts},
-        [f"model.layers.{i}." for i in kept],
-    )
-    strange = {x for x in state_dict if x.startswith((*mine,)) and not x.endswith("inv_freq")} - used
+    used = {f"{name}.weight" for parts in sources.values() for name in parts}
+    mine = tuple(f"model.layers.{i}." for i in kept)
+    strange = {x for x in state_dict if x.startswith(mine) and not x.endswith("inv_freq")} - used
     if wrong := sorted((used - set(state_dict)) | strange):
         raise BadInput(f"no plain Llama: {', '.join(wrong)} missing or without a place here")
     new = {f"transformer.{ours}.weight": torch.cat([state_dict[f"{name}.weight"] for name in parts])  # along rows
@@ -549,9 +550,8 @@ class Text:
         self.train, self.held = np.split(text, [int(0.95 * len(text))])
         self.crc = zlib.crc32(np.ascontiguousarray(text[: 2**16]))
         if len(self.held) <= cfg.block or text.max() >= vocab:
-            raise BadInput(
-                f"the text has {len(text)} tokens, up to id {text.max()}. Needed are {21 * cfg.block} below {vocab}"
-            )
+            size = f"the text has {len(text)} tokens, up to id {text.max()}"
+            raise BadInput(f"{size}. Needed are {21 * cfg.block} below {vocab}")
 
     def draw(self, rows: int, length: int, *key: int) -> tuple[Tensor, Tensor]:
         """ids and labels (rows, length) at random places, a function of the seed and the key."""
@@ -795,7 +795,9 @@ def train(cfg: Config, w: cluster.World) -> None:
 def evaluate(cfg: Config, w: cluster.World, model=None, data=None, tokenizer=None) -> None:
     """Loss, accuracy, alarms by depth on held-out rows, and what it writes: the model given, --model, or --out's."""
     if model is None:
-        cfg, state = (cfg, {}) if cfg.model else loop.opened(f"{cfg.out}/checkpoint.pt", cfg, "r", "prompt")
+        asked = (name for name in ("data", "block", "seed") if getattr(cfg, name) != getattr(Config, name))
+        mine = "r", "prompt", "dtype", *asked  # all else is the run's
+        cfg, state = (cfg, {}) if cfg.model else loop.opened(f"{cfg.out}/checkpoint.pt", cfg, *mine)
         model, data, tokenizer = start(cfg)
         model.load_state_dict(state.get("model", model.state_dict()))
         model = model.to(w.device).eval()
@@ -818,11 +820,7 @@ def bench(cfg: Config, w: cluster.World) -> None:
     cuda, T, g, cases = w.device.type == "cuda", 512, cluster.generator(cfg.seed), {}
     shape = SHAPES["huginn-3.5b"] if cuda else Shape(256, 8, 704, 1, 2, 1, 4, 3, 256, 1024, 1e-6, 1e3, True)
     model = RecurrentDepthLM(shape).to(w.device, torch.bfloat16 if cuda else torch.float32)
-    ids, r, dtype = (
-        torch.randint(256, (1, T), generator=g).to(w.device),
-        32 if cuda else 8,
-        next(model.parameters()).dtype,
-    )
+    ids, r = torch.randint(256, (1, T), generator=g).to(w.device), 32 if cuda else 8
     for budget in (r, 4, 1):
         cache = Cache(model, T, r, budget)
         feed(model, cache, ids[:, :-1], r)
@@ -834,7 +832,7 @@ def bench(cfg: Config, w: cluster.World) -> None:
     read = size(model) + (r - 1) * (size(model.transformer.core_block) + size(model.transformer.adapter))
     seconds["floor: weights read in every iteration"] = read / report.ceilings(w.device)[0], 0.0
     rows = [[name, 1e3 * median, 1e3 * spread] for name, (median, spread) in seconds.items()]
-    title = f"{report.device_name(w.device)}, {dtype}, C={shape.n_embd} T={T} r={r}, batch 1"
+    title = f"{report.device_name(w.device)}, {model.transformer.wte.weight.dtype}, C={shape.n_embd} T={T} r={r}, batch 1"
     w.print(title + "\n" + report.table(["next token", "ms", "+-"], rows))
     if w.main:
         report.write_json(f"{cfg.out}/bench.json", {"title": title, "rows": rows})

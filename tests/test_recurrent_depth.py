@@ -143,11 +143,8 @@ def test_generation_equals_the_released_code(model):
     assert made[0][1] == 24 and 1 < min(r for _, r in made) < 24  # the prompt runs all iterations
     stop = tokens(6)[3]
     assert tokens(6, stop=(stop,)) == tokens(6)[: tokens(6).index(stop) + 1]
-    for ids, new, steps, why in (
-        (IDS, 4, 4, "one row, got 2"),
-        (IDS[:1], 60, 4, "at most 64"),
-        (IDS[:1], 4, 0, "0 it"),
-    ):
+    one = IDS[:1]
+    for ids, new, steps, why in ((IDS, 4, 4, "one row, got 2"), (one, 60, 4, "at most 64"), (one, 4, 0, "0 it")):
         with pytest.raises(BadInput, match=why):
             next(R.generate(model, ids, new, steps))
 
@@ -223,7 +220,8 @@ def test_retrofit_refuses():
     less = {k: v for k, v in sd.items() if k != "model.layers.1.mlp.up_proj.weight"}
     for tensors, config, split, message in (
         (sd, c, (2, 4, 2), "needs 8 layers, each part at least 1; the model has 7"), (less, c, (2, 2, 1), "up_proj"),
-        (sd, {**c, "rope_theta": None}, (2, 2, 1), "rope_theta"), (sd | extra, c, (2, 2, 1), "5.self_attn.q_proj.bias"),
+        (sd, {**c, "rope_theta": None}, (2, 2, 1), "rope_theta"),
+        (sd, {**c, "vocab_size": None}, (2, 2, 1), "vocab_size"), (sd | extra, c, (2, 2, 1), "5.self_attn.q_proj.bias"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=message):
             R.retrofit(tensors, config, split)
@@ -257,9 +255,8 @@ def test_atan_adam_by_hand():
         m = [0.9 * a + 0.1 * b for a, b in zip(g if m is None else m, g, strict=True)]
         v = [0.95 * a + 0.05 * b * b for a, b in zip([b * b for b in g] if v is None else v, g, strict=True)]
         rho = math.sqrt(sum(b * b / max(a, 1e-12) for a, b in zip(v, g, strict=True)) / 2)
-        move = [
-            math.atan2(b, math.sqrt(c / (1 - 0.95**t))) / max(1, rho) / (1 - 0.9**t) for b, c in zip(m, v, strict=True)
-        ]
+        scale = max(1, rho) * (1 - 0.9**t)
+        move = [math.atan2(b, math.sqrt(c / (1 - 0.95**t))) / scale for b, c in zip(m, v, strict=True)]
         x = [a * (1 - lr / 0.01 * 0.1) - lr * d for a, d in zip(x, move, strict=True)]
         close(p.detach(), torch.tensor(x, dtype=torch.float64), 1e-12)
 
@@ -316,10 +313,8 @@ def test_alarms_and_rows():
 def test_no_control_passes_the_verdict():
     all_at = functools.partial(dict.fromkeys, R.DEPTHS)
     ours = {"accuracy": all_at(1.0), "loss": all_at(0.1), "longer": all_at(0.95)}
-    found = {
-        name: {"accuracy": all_at(x), "loss": all_at(0.5)}
-        for name, x in zip(R.RUNS, (0, 1, 0.8, 1, 0.7, 1, 0.9), strict=True)
-    }
+    marks = dict(zip(R.RUNS, (0, 1, 0.8, 1, 0.7, 1, 0.9), strict=True))
+    found = {name: {"accuracy": all_at(x), "loss": all_at(0.5)} for name, x in marks.items()}
     found["drawn depth"] = ours
     assert R.judge(found)[0]
     for name, other in (
