@@ -819,7 +819,8 @@ def bench(cfg: Config, w: cluster.World) -> None:
     """One token behind 511 others: cached, with smaller budgets, recomputed; on a GPU at Huginn's sizes and r = 32."""
     cuda, T, g, cases = w.device.type == "cuda", 512, cluster.generator(cfg.seed), {}
     shape = SHAPES["huginn-3.5b"] if cuda else Shape(256, 8, 704, 1, 2, 1, 4, 3, 256, 1024, 1e-6, 1e3, True)
-    model = RecurrentDepthLM(shape).to(w.device, torch.bfloat16 if cuda else torch.float32)
+    dtype = torch.bfloat16 if cuda else torch.float32
+    model = RecurrentDepthLM(shape).to(w.device, dtype)
     ids, r = torch.randint(256, (1, T), generator=g).to(w.device), 32 if cuda else 8
     for budget in (r, 4, 1):
         cache = Cache(model, T, r, budget)
@@ -832,7 +833,7 @@ def bench(cfg: Config, w: cluster.World) -> None:
     read = size(model) + (r - 1) * (size(model.transformer.core_block) + size(model.transformer.adapter))
     seconds["floor: weights read in every iteration"] = read / report.ceilings(w.device)[0], 0.0
     rows = [[name, 1e3 * median, 1e3 * spread] for name, (median, spread) in seconds.items()]
-    title = f"{report.device_name(w.device)}, {model.transformer.wte.weight.dtype}, C={shape.n_embd} T={T} r={r}, batch 1"
+    title = f"{report.device_name(w.device)}, {dtype}, C={shape.n_embd} T={T} r={r}, batch 1"
     w.print(title + "\n" + report.table(["next token", "ms", "+-"], rows))
     if w.main:
         report.write_json(f"{cfg.out}/bench.json", {"title": title, "rows": rows})
