@@ -732,7 +732,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     torch.set_num_threads(1)  # sums are rounded alike on any number of ranks
     names, run, mine, every = list(RUNS), report.Run(cfg.out, cfg, w), {}, [None] * w.size
     if cfg.quick:
-        names, cfg = ["drawn depth", "r = 1", "made recurrent"], replace(cfg, steps=cfg.steps // 5)
+        names, cfg = ["drawn depth", "r = 1", "made recurrent"], replace(cfg, steps=max(1, cfg.steps // 6))
     owner, silent = {name: RUNS[name][2] % w.size for name in names}, SimpleNamespace(line={}, log=lambda **_: None)
     once = replace(cfg, steps=round(cfg.steps * BASE))
     base = functools.cache(lambda: train_model(once, w, silent, start(cfg)[0], Parity(cfg.seed, one_step=True),
