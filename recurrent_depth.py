@@ -342,8 +342,7 @@ def generate(
 
 def speculate(model: RecurrentDepthLM, ids: Tensor, new: int, steps: int, draft: int, ahead: int = 4) -> Tensor:
     """The tokens of generate() behind ids (1, T): drafted with few iterations, checked in one pass with all of them."""
-    T = ids.shape[1]
-    cache = Cache(model, T + new + ahead, steps)
+    T, cache = ids.shape[1], Cache(model, ids.shape[1] + new + ahead, steps)
     next_token = lambda ids, r: feed(model, cache, ids, r)[0][:, -1:].argmax(-1)  # (1, 1)
     ids = torch.cat([ids, next_token(ids, steps)], dim=1)
     while ids.shape[1] < T + new:
@@ -402,6 +401,9 @@ def retrofit(state_dict: dict[str, Tensor], config: dict, split=(4, 8, 4), seed:
     """Make a pretrained Llama recurrent, from Hugging Face's names and config (arXiv:2511.07384). split (p, R, c): the
     first p layers become the prelude, the last c the coda, the R before those the core; others are dropped, and only
     the adapter is new. BadInput: the split or the tensors do not fit."""
+    needs = "num_hidden_layers hidden_size num_attention_heads intermediate_size vocab_size max_position_embeddings"
+    if lost := [name for name in (*needs.split(), "rms_norm_eps") if not isinstance(config.get(name), (int, float))]:
+        raise BadInput(f"the config of a Llama has numbers for {', '.join(lost)}; this one has not")
     (p, R, c), n = split, config["num_hidden_layers"]
     if min(split) < 1 or sum(split) > n:
         raise BadInput(f"--split {p} {R} {c} needs {sum(split)} layers, each part at least 1; the model has {n}")
@@ -409,21 +411,18 @@ def retrofit(state_dict: dict[str, Tensor], config: dict, split=(4, 8, 4), seed:
     rope |= config.get("rope_parameters") or {}  # where transformers 5 keeps it
     if (base := rope.pop("rope_theta")) is None:
         raise BadInput("the config has no rope_theta, neither on top nor in rope_parameters")
-    shared = config.get("num_key_value_heads"), config.get("head_dim")
     shape = Shape(config["hidden_size"], config["num_attention_heads"], config["intermediate_size"], p, R, c, 4, 8,
-                  config["vocab_size"], config["max_position_embeddings"], config["rms_norm_eps"], base, False, *shared,
-                  qk_bias=False, rope_scaling=rope)  # fmt: skip
+                  config["vocab_size"], config["max_position_embeddings"], config["rms_norm_eps"], base, False,
+                  config.get("num_key_value_heads"), config.get("head_dim"), False, rope_scaling=rope)  # fmt: skip
     kept = [*range(p), *range(n - c - R, n)]
     places = [f"{part}.{j}" for part, count in (("prelude", p), ("core_block", R), ("coda", c)) for j in range(count)]
     sources = {"wte": ["model.embed_tokens"], "ln_f": ["model.norm"]} | {
         f"{place}.{ours}": [f"model.layers.{i}.{old}" for old in parts]
         for place, i in zip(places, kept, strict=True) for ours, parts in LLAMA.items()
     }  # fmt: skip
-    used, mine = (
-        {f"{name}.weight" for parts in sources.values() for name in parts},
-        [f"model.layers.{i}." for i in kept],
-    )
-    strange = {x for x in state_dict if x.startswith((*mine,)) and not x.endswith("inv_freq")} - used
+    used = {f"{name}.weight" for parts in sources.values() for name in parts}
+    mine = tuple(f"model.layers.{i}." for i in kept)
+    strange = {x for x in state_dict if x.startswith(mine) and not x.endswith("inv_freq")} - used
     if wrong := sorted((used - set(state_dict)) | strange):
         raise BadInput(f"no plain Llama: {', '.join(wrong)} missing or without a place here")
     new = {f"transformer.{ours}.weight": torch.cat([state_dict[f"{name}.weight"] for name in parts])  # along rows
@@ -549,9 +548,7 @@ class Text:
         self.train, self.held = np.split(text, [int(0.95 * len(text))])
         self.crc = zlib.crc32(np.ascontiguousarray(text[: 2**16]))
         if len(self.held) <= cfg.block or text.max() >= vocab:
-            raise BadInput(
-                f"the text has {len(text)} tokens, up to id {text.max()}. Needed are {21 * cfg.block} below {vocab}"
-            )
+            raise BadInput(f"{len(text)} tokens, ids up to {text.max()}: needs {21 * cfg.block} tokens, ids < {vocab}")
 
     def draw(self, rows: int, length: int, *key: int) -> tuple[Tensor, Tensor]:
         """ids and labels (rows, length) at random places, a function of the seed and the key."""
@@ -735,7 +732,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
     torch.set_num_threads(1)  # sums are rounded alike on any number of ranks
     names, run, mine, every = list(RUNS), report.Run(cfg.out, cfg, w), {}, [None] * w.size
     if cfg.quick:
-        names, cfg = ["drawn depth", "r = 1", "made recurrent"], replace(cfg, steps=cfg.steps // 5)
+        names, cfg = ["drawn depth", "r = 1", "made recurrent"], replace(cfg, steps=max(1, cfg.steps // 6))
     owner, silent = {name: RUNS[name][2] % w.size for name in names}, SimpleNamespace(line={}, log=lambda **_: None)
     once = replace(cfg, steps=round(cfg.steps * BASE))
     base = functools.cache(lambda: train_model(once, w, silent, start(cfg)[0], Parity(cfg.seed, one_step=True),
@@ -795,7 +792,8 @@ def train(cfg: Config, w: cluster.World) -> None:
 def evaluate(cfg: Config, w: cluster.World, model=None, data=None, tokenizer=None) -> None:
     """Loss, accuracy, alarms by depth on held-out rows, and what it writes: the model given, --model, or --out's."""
     if model is None:
-        cfg, state = (cfg, {}) if cfg.model else loop.opened(f"{cfg.out}/checkpoint.pt", cfg, "r", "prompt")
+        mine = "r", "prompt", "dtype", *(n for n in ("data", "block", "seed") if getattr(cfg, n) != getattr(Config, n))
+        cfg, state = (cfg, {}) if cfg.model else loop.opened(f"{cfg.out}/checkpoint.pt", cfg, *mine)
         model, data, tokenizer = start(cfg)
         model.load_state_dict(state.get("model", model.state_dict()))
         model = model.to(w.device).eval()
@@ -817,12 +815,8 @@ def bench(cfg: Config, w: cluster.World) -> None:
     """One token behind 511 others: cached, with smaller budgets, recomputed; on a GPU at Huginn's sizes and r = 32."""
     cuda, T, g, cases = w.device.type == "cuda", 512, cluster.generator(cfg.seed), {}
     shape = SHAPES["huginn-3.5b"] if cuda else Shape(256, 8, 704, 1, 2, 1, 4, 3, 256, 1024, 1e-6, 1e3, True)
-    model = RecurrentDepthLM(shape).to(w.device, torch.bfloat16 if cuda else torch.float32)
-    ids, r, dtype = (
-        torch.randint(256, (1, T), generator=g).to(w.device),
-        32 if cuda else 8,
-        next(model.parameters()).dtype,
-    )
+    model = RecurrentDepthLM(shape).to(w.device, dtype := torch.bfloat16 if cuda else torch.float32)
+    ids, r = torch.randint(256, (1, T), generator=g).to(w.device), 32 if cuda else 8
     for budget in (r, 4, 1):
         cache = Cache(model, T, r, budget)
         feed(model, cache, ids[:, :-1], r)

@@ -86,17 +86,16 @@ def test_sizes_and_initialisation():
 
 def test_depth_and_ramp():
     want = [(21, 8), (21, 8), (25, 8), (44, 8), (32, 8), (8, 8), (27, 8), (21, 8), (9, 8), (9, 8)]  # the release's
-    torch.manual_seed(123)
     assert [R.sample_depth(i, 32, 8) for i in range(1, 11)] == want
     p = torch.tensor([sum(R.sample_depth(i, 8, 4)) for i in range(4000)]).float()
     assert p.mean().item() == pytest.approx(9.0, abs=0.3) and p.std().item() == pytest.approx(5.1, abs=0.4)
-    assert all(1 <= R.sample_depth(i, 1, 100)[1] for i in range(50))  # k is at most the draw, never 0
+    assert all(1 <= R.sample_depth(i, 1, 100)[1] < 50 for i in range(50))  # k is at most the draw, never 0
     assert [R.ramped_mean(t, 100, 8, "linear") for t in (0, 1, 12, 25, 99)] == [1, 1, 4, 8, 8]
     assert [R.ramped_mean(t, 100, 32, "1-sqrt") for t in (0, 50, 75)] == [1, math.ceil(32 * (1 - 3**-0.5)), 32]
     depth = functools.partial(R.depth_of, R.Config(r_bar=8))
-    assert depth("linear", 8, 100, 0)[1] == 1 and max(depth("linear", 8, 100, t)[1] for t in range(25, 100)) == 8
+    ks = [depth("linear", 8, 100, t)[1] for t in range(100)]
+    assert ks[:4] == [1] * 4 and max(ks[25:]) == 8 and depth("fixed", 6, 100, 3) == (3, 6)
     assert depth("none", 6, 100, 3) == R.sample_depth(4, 8, 6) and depth("once", 6, 100, 3) == (0, 1)
-    assert depth("fixed", 6, 100, 3) == (3, 6)
 
 
 @torch.no_grad()
@@ -126,7 +125,7 @@ def test_exit_is_the_first_small_change(model):
     before = torch.cat([torch.full_like(log_p[:1], -math.log(64)), log_p[:-1]])
     values = (before.exp() * (before - log_p)).sum(-1)  # (24, T)
     close(values[:, -1].double(), V["exit_values/kl"][:24], 1e-5)
-    for limit in (0.2, 0.06):
+    for limit in (0.23, 0.06):  # at 0.23 KL(p_i || p_{i-1}) would stop at once
         logits, _, n = ran(IDS[:1], S0[:1], limit)
         assert n == int((values.amax(dim=1) < limit).nonzero()[0]) + 1 < 24  # at all positions
         close(logits, model(IDS[:1], n, 0, S0[:1])[0], 1e-5)
@@ -143,11 +142,7 @@ def test_generation_equals_the_released_code(model):
     assert made[0][1] == 24 and 1 < min(r for _, r in made) < 24  # the prompt runs all iterations
     stop = tokens(6)[3]
     assert tokens(6, stop=(stop,)) == tokens(6)[: tokens(6).index(stop) + 1]
-    for ids, new, steps, why in (
-        (IDS, 4, 4, "one row, got 2"),
-        (IDS[:1], 60, 4, "at most 64"),
-        (IDS[:1], 4, 0, "0 it"),
-    ):
+    for ids, new, steps, why in ((IDS, 4, 4, "one row, got 2"), (prompt, 60, 4, "at most 64"), (prompt, 4, 0, "0 it")):
         with pytest.raises(BadInput, match=why):
             next(R.generate(model, ids, new, steps))
 
@@ -162,6 +157,13 @@ def test_drafts_and_a_missing_cache_change_nothing(seed):
     assert [t for t, _ in R.generate(m, ids, 13, 6)] == want[0, 5:].tolist()
     for draft, ahead in ((1, 4), (3, 2), (6, 8)):
         assert torch.equal(R.speculate(m, ids, 13, 6, draft, ahead), want)
+    m.transformer.ln_f.weight.data.uniform_(0, 4, generator=cluster.generator(seed, 1))
+    cache, row, s, said = R.Cache(m, 18, 2), ids, None, []
+    for _ in range(13):  # a warm start is the last state after the final norm
+        logits, s, _ = R.feed(m, cache, row, 2, s)
+        s, row = m.transformer.ln_f(s[:, -1:]), logits[:, -1:].argmax(-1)
+        said.append(int(row))
+    assert [t for t, _ in R.generate(m, ids, 13, 2, warm=True)] == said
 
 
 def llama(tied=False, **more):
@@ -223,7 +225,8 @@ def test_retrofit_refuses():
     less = {k: v for k, v in sd.items() if k != "model.layers.1.mlp.up_proj.weight"}
     for tensors, config, split, message in (
         (sd, c, (2, 4, 2), "needs 8 layers, each part at least 1; the model has 7"), (less, c, (2, 2, 1), "up_proj"),
-        (sd, {**c, "rope_theta": None}, (2, 2, 1), "rope_theta"), (sd | extra, c, (2, 2, 1), "5.self_attn.q_proj.bias"),
+        (sd, {**c, "rope_theta": None}, (2, 2, 1), "rope_theta"),
+        (sd, {**c, "vocab_size": None}, (2, 2, 1), "vocab_size"), (sd | extra, c, (2, 2, 1), "5.self_attn.q_proj.bias"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=message):
             R.retrofit(tensors, config, split)
@@ -257,9 +260,8 @@ def test_atan_adam_by_hand():
         m = [0.9 * a + 0.1 * b for a, b in zip(g if m is None else m, g, strict=True)]
         v = [0.95 * a + 0.05 * b * b for a, b in zip([b * b for b in g] if v is None else v, g, strict=True)]
         rho = math.sqrt(sum(b * b / max(a, 1e-12) for a, b in zip(v, g, strict=True)) / 2)
-        move = [
-            math.atan2(b, math.sqrt(c / (1 - 0.95**t))) / max(1, rho) / (1 - 0.9**t) for b, c in zip(m, v, strict=True)
-        ]
+        scale = max(1, rho) * (1 - 0.9**t)
+        move = [math.atan2(b, math.sqrt(c / (1 - 0.95**t))) / scale for b, c in zip(m, v, strict=True)]
         x = [a * (1 - lr / 0.01 * 0.1) - lr * d for a, d in zip(x, move, strict=True)]
         close(p.detach(), torch.tensor(x, dtype=torch.float64), 1e-12)
 
@@ -316,10 +318,8 @@ def test_alarms_and_rows():
 def test_no_control_passes_the_verdict():
     all_at = functools.partial(dict.fromkeys, R.DEPTHS)
     ours = {"accuracy": all_at(1.0), "loss": all_at(0.1), "longer": all_at(0.95)}
-    found = {
-        name: {"accuracy": all_at(x), "loss": all_at(0.5)}
-        for name, x in zip(R.RUNS, (0, 1, 0.8, 1, 0.7, 1, 0.9), strict=True)
-    }
+    marks = dict(zip(R.RUNS, (0, 1, 0.8, 1, 0.7, 1, 0.9), strict=True))
+    found = {name: {"accuracy": all_at(x), "loss": all_at(0.5)} for name, x in marks.items()}
     found["drawn depth"] = ours
     assert R.judge(found)[0]
     for name, other in (
