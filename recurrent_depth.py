@@ -30,7 +30,6 @@ import functools
 import importlib.util
 import math
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -46,7 +45,7 @@ from torch.utils.checkpoint import checkpoint
 
 from common import cli, cluster, loop, report
 from common.cli import BadInput, opt
-from common.text import Tokenizer, corpus
+from common.text import Tokenizer, checksum, corpus
 from common.weights import open_weights, package, read_json, rope_frequencies, safetensors
 
 # %% the method
@@ -546,7 +545,7 @@ class Text:
         if isinstance(text, str):
             text = Tokenizer().encode(text).numpy() if tokenizer is None else np.array(tokenizer.encode(text).ids)
         self.train, self.held = np.split(text, [int(0.95 * len(text))])
-        self.crc = zlib.crc32(np.ascontiguousarray(text[: 2**16]))
+        self.crc = checksum(text)
         if len(self.held) <= cfg.block or text.max() >= vocab:
             raise BadInput(f"{len(text)} tokens, ids up to {text.max()}: needs {21 * cfg.block} tokens, ids < {vocab}")
 
