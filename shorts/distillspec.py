@@ -203,7 +203,8 @@ def judge(found: dict[str, dict], exact: float, wrong: float) -> tuple[bool, str
     """(the claim holds, its numbers). exact, wrong: deviations of output and control. Bars fixed before the runs."""
     ours, rivals = found["tvd on own text"]["per pass"], ("next token", "next token, 4 x steps", "tvd on data")
     token, four, data = (ours / found[way]["per pass"] - 1 for way in rivals)
-    here = f"{ours:.3f} tokens per pass: {token:+.1%}, {four:+.1%}, {data:+.1%}; output off by {exact:.1f} s.d."
+    here = f"{ours:.3f} tokens per pass, {token:+.1%} over next-token loss, {data:+.1%} over real text; "
+    here += f"{four:+.1%} over 4 x the steps; output off by {exact:.1f} s.d."
     holds = token >= 0.04 and four >= 0.03 and data > 0 and abs(exact) <= 3 and wrong >= 10
     return holds, f"{here} (wrong redraw {wrong:.0f})"
 

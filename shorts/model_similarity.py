@@ -14,7 +14,7 @@ Differs  - Perceptrons on made ten-way questions. The features that two models r
     python shorts/model_similarity.py                                   # laptop, 20 s
     python shorts/model_similarity.py --quick                           # fewer pairs and steps, no verdict
 
-Expect   "off by 0.007" and "agreement -0.67" on CPU with seed 0.
+Expect   "off by 0.007, r of gain -0.66, with agreement -0.67" on CPU with seed 0.
 Writes   results/model_similarity/: metrics.jsonl, claim.json, model_similarity.png
 """
 
@@ -202,7 +202,8 @@ def judge(pairs: dict[str, list[dict]], found: dict[str, Tensor]) -> tuple[bool,
     equal = {k: apart_from([found["supervisor"], found["student before"]], v) for k, v in found.items()}
     r = {name: F.cosine_similarity(equal[name], equal["gain"], dim=0).item() for name in METRICS}  # partial correlation
     drop, control = (outer_thirds(equal[gain], equal["CAPA"]) for gain in ("gain", "gain, moved"))
-    here = f"(1) off by {off:.3f}, rise {rise:.2f} and {kappa:.2f}, opposed {opposed:.2f}; (2) r of gain with "
+    here = f"CAPA off by {off:.3f}, r of gain {r['CAPA']:.2f}, with agreement {r['agreement']:.2f}; "
+    here += f"(1) rise {rise:.2f} and {kappa:.2f}, opposed {opposed:.2f}; (2) r of gain with "
     here += ", ".join(f"{k} {v:.2f}" for k, v in r.items()) + f", thirds {drop:+.3f}, mistakes moved {control:+.3f}"
     first = off <= 0.05 and min(rise, kappa) >= 0.3 and opposed < 0
     return first and r["CAPA"] <= -0.5 and drop >= 0.05 and abs(control) <= drop / 3, here

@@ -204,8 +204,8 @@ def judge(cfg: Config, curves: dict[str, list], limits: dict[str, list]) -> tupl
     recalled = [max((n for n, a in zip(cfg.pairs, c, strict=True) if a >= 0.9), default=0) for c in recurrent]
     ends = recalled == sorted(set(recalled)) and recurrent[-1][-1] < 0.9
     below = all(a <= b + 0.02 for name in limits for a, b in zip(curves[name], limits[name], strict=True))
-    here = f"{recalled} pairs at 90% for d = {list(cfg.widths)}; at {cfg.pairs[-1]} pairs {recurrent[0][-1]:.2f} "
-    here += f"(limit {limit:.2f}), attention {attention:.3f}, search {search:.3f}"
+    here = f"{cfg.pairs[-1]} pairs: recurrent {recurrent[0][-1]:.2f} (limit {limit:.2f}), attention {attention:.3f}, "
+    here += f"search {search:.3f}; {recalled} pairs at 90% for d = {list(cfg.widths)}"
     return ends and below and min(attention, search) >= 0.95 and min(attention, search) > limit, here
 
 
