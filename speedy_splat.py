@@ -113,8 +113,7 @@ def prune_mask(scores: Tensor, ratio: float) -> Tensor:
 # %% what makes it fast: all tiles at once, and tiles with lists of about one length blended together
 
 
-# N projected Gaussians: mean2d (N, 2) u, v; depth (N,); conic (N, 3) A, B, C; opacity (N,); color (N, 3); visible (N,)
-# bool, in front of the camera
+# projected Gaussians: mean2d (N, 2), depth (N,), conic (N, 3), opacity (N,), color (N, 3), visible (N,) bool
 Splats = namedtuple("Splats", "mean2d depth conic opacity color visible")
 
 
@@ -517,6 +516,7 @@ def ray_trace(camera: Camera, device="cpu") -> Tensor:
     point = origin + t * d
     lit = first_hit(point + 1e-3 * normal, sun)[0].isinf()  # in no other thing's shadow
     light = 0.3 + 0.7 * lit * (normal * sun).sum(dim=1, keepdim=True).clamp(min=0)
+    light = light * (0.8 + 0.2 * (20 * point).sin().prod(dim=1, keepdim=True).sign())  # a texture, as real things have
     color = torch.where(t.isinf(), d.new_tensor(SKY), paint * light)
     both = torch.cat([color, point], dim=1).view(camera.height, 3, camera.width, 3, 6)
     return torch.cat([both[..., :3].mean(dim=(1, 3)), both[:, 1, :, 1, 3:]], dim=-1)
@@ -527,8 +527,7 @@ def procedural_scene(views=100, size=96, points=2000, seed=0, device="cpu", w=No
     cameras, found = [scene_camera(i, views, size) for i in range(views)], torch.zeros(views, size, size, 6)
     for i in range(w.rank, views, w.size) if w else range(views):
         found[i] = ray_trace(cameras[i], device).cpu()
-    if w and w.size > 1:
-        found = cluster.total(found.to(w.device)).cpu()
+    found = cluster.total(found.to(w.device)).cpu() if w else found
     seen, g = found[[i for i in range(views) if i % 8]].view(-1, 6), cluster.generator(seed, 1)
     seen = seen[torch.isfinite(seen).all(dim=1)]
     seen = seen[torch.randperm(len(seen), generator=g)[:points]]
@@ -551,8 +550,7 @@ def load_colmap(path: str | Path, images: str = "images", show=lambda x: x) -> D
     root, lenses, views, points, cameras, pictures = Path(path), {}, [], [], [], []
     model = next((d for d in (root / "sparse" / "0", root / "sparse", root) if (d / "cameras.bin").exists()), None)
     if not model:
-        raise FileNotFoundError(f"{root}: no COLMAP model in binary, such as sparse/0/cameras.bin. One in text becomes "
-                                "binary by colmap model_converter --output_type BIN")  # fmt: skip
+        raise FileNotFoundError(f"{root}: no sparse/0/cameras.bin. From text: colmap model_converter --output_type BIN")
     with unpacking(model / "cameras.bin") as take:
         for _ in range(*take("Q")):
             key, kind, *size = take("iiQQ")
