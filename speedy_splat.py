@@ -420,7 +420,7 @@ def densify(model: dict, optimizer, gradient: Tensor, extent: float, noise, room
 
 TRAINS, USER = ("demo", "train"), ("train", "bench")
 DEFAULTS = {  # of the demo, of the paper
-    "steps": (1000, 30_000), "lr_scale": (4.0, 1.0), "sh_degree": (1, 3), "max_gaussians": (4000, 0),
+    "steps": (400, 30_000), "lr_scale": (4.0, 1.0), "sh_degree": (1, 3), "max_gaussians": (4000, 0),
     "soft_ratio": (0.6, 0.8), "hard_ratio": (0.2, 0.3), "tile": (8, 16),
 }  # fmt: skip
 
@@ -432,9 +432,9 @@ class Config:
     data: str = opt("scene", "a COLMAP folder; scene: the ray-traced one", modes=USER)
     images: str = opt("images", "folder of the pictures below --data, such as images_4", modes=USER)
     model: str = opt("", "a .ply; by default the demo's 3D-GS.ply, with --data train's model.ply", modes=("bench",))
-    size: int = opt(96, "pixels along a side of the ray-traced views", modes=TRAINS)
-    views: int = opt(100, "ray-traced views", modes=TRAINS)
-    points: int = opt(2000, "first Gaussians of the ray-traced scene", modes=TRAINS)
+    size: int = opt(72, "pixels along a side of the ray-traced views", modes=TRAINS)
+    views: int = opt(56, "ray-traced views", modes=TRAINS)
+    points: int = opt(1500, "first Gaussians of the ray-traced scene", modes=TRAINS)
     steps: int = opt(-1, "optimizer steps; -1, as below, is the demo's number, with --data the paper's", modes=TRAINS)
     lr_scale: float = opt(-1.0, "factor on all learning rates; 1 is the paper's", modes=TRAINS)
     sh_degree: int = opt(-1, "highest degree of the colours' spherical harmonics, 0 to 3", modes=TRAINS)
@@ -516,13 +516,13 @@ def ray_trace(camera: Camera, device="cpu") -> Tensor:
     point = origin + t * d
     lit = first_hit(point + 1e-3 * normal, sun)[0].isinf()  # in no other thing's shadow
     light = 0.3 + 0.7 * lit * (normal * sun).sum(dim=1, keepdim=True).clamp(min=0)
-    light = light * (0.8 + 0.2 * (20 * point).sin().prod(dim=1, keepdim=True).sign())  # a texture, as real things have
-    color = torch.where(t.isinf(), d.new_tensor(SKY), paint * light)
+    grain = 0.8 + 0.2 * (20 * point).sin().prod(dim=1, keepdim=True).sign()  # a texture, as real things have
+    color = torch.where(t.isinf(), d.new_tensor(SKY), paint * light * grain)
     both = torch.cat([color, point], dim=1).view(camera.height, 3, camera.width, 3, 6)
     return torch.cat([both[..., :3].mean(dim=(1, 3)), both[:, 1, :, 1, 3:]], dim=-1)
 
 
-def procedural_scene(views=100, size=96, points=2000, seed=0, device="cpu", w=None) -> Dataset:
+def procedural_scene(views=56, size=72, points=1500, seed=0, device="cpu", w=None) -> Dataset:
     """Balls on a disc, from all around; points are what the training views hit. The ranks of a World w share."""
     cameras, found = [scene_camera(i, views, size) for i in range(views)], torch.zeros(views, size, size, 6)
     for i in range(w.rank, views, w.size) if w else range(views):
@@ -638,8 +638,7 @@ class Trainer:
         self.data, self.cfg, self.w, self.step, self.plan = data, cfg, w, 0, schedule(cfg.steps)
         self.B = cfg.views_per_step or w.size
         if self.B % w.size or not training(data):
-            what = f"{self.B} of {len(training(data))} training views a step do not divide over {w.size} processes"
-            raise BadInput(f"{what}: pass --views-per-step 0 for one each; every 8th view is held out")
+            raise BadInput(f"{self.B} of {len(training(data))} views do not divide by {w.size}: pass --views-per-step 0")
         self.factor = cfg.lr_scale * math.sqrt(self.B)  # of the rates for B views a step, arXiv:2406.18533
         eyes = torch.stack([torch.linalg.inv(data.cameras[i].viewmat.double())[:3, 3] for i in training(data)])
         self.extent = 1.1 * float((eyes - eyes.mean(dim=0)).norm(dim=1).max()) or 1.0  # how far around they stand
@@ -806,7 +805,7 @@ def judge(plain: dict, pruned: dict, capped: dict, probe: dict) -> tuple[bool, s
 def demo(cfg: Config, w: cluster.World) -> None:
     """One process trains 3D-GS, another Speedy-Splat, the same run up to the first pruning, and 3D-GS capped."""
     if cfg.quick:
-        few = {"size": 64, "views": 40, "points": 1000, "steps": 200, "max_gaussians": 2000}
+        few = {"size": 48, "views": 24, "points": 800, "steps": 160, "max_gaussians": 1500}
         cfg = replace(cfg, **{name: min(n, getattr(cfg, name)) for name, n in few.items()})
     run, lone, runs = report.Run(cfg.out, cfg, w), cluster.World(0, 1, w.device), {}
     data = procedural_scene(cfg.views, cfg.size, cfg.points, cfg.seed, w.device, w)
