@@ -638,7 +638,7 @@ class Trainer:
         self.data, self.cfg, self.w, self.step, self.plan = data, cfg, w, 0, schedule(cfg.steps)
         self.B = cfg.views_per_step or w.size
         if self.B % w.size or not training(data):
-            raise BadInput(f"{self.B} of {len(training(data))} views do not divide by {w.size}: pass --views-per-step 0")
+            raise BadInput(f"{self.B} of {len(training(data))} views over {w.size} processes: pass --views-per-step 0")
         self.factor = cfg.lr_scale * math.sqrt(self.B)  # of the rates for B views a step, arXiv:2406.18533
         eyes = torch.stack([torch.linalg.inv(data.cameras[i].viewmat.double())[:3, 3] for i in training(data)])
         self.extent = 1.1 * float((eyes - eyes.mean(dim=0)).norm(dim=1).max()) or 1.0  # how far around they stand
