@@ -336,7 +336,7 @@ def test_two_and_four_ranks_equal_one_process(tmp_path):
         run_ranks(four_views, size, tmp_path / str(size), str(tmp_path))
         found += [torch.load(tmp_path / f"{size}_{r}.pt", weights_only=True) for r in range(size)]  # losses, counts
     assert len(set(found[0][:, 1].tolist())) > 3
-    close(torch.stack(found), found[0].expand(len(found), -1, -1), rtol=1e-4, atol=0)
+    close(torch.stack(found), found[0].expand(len(found), -1, -1), rtol=1e-3, atol=0)
 
 
 @pytest.mark.drill
