@@ -516,7 +516,7 @@ def ray_trace(camera: Camera, device="cpu") -> Tensor:
     point = origin + t * d
     lit = first_hit(point + 1e-3 * normal, sun)[0].isinf()  # in no other thing's shadow
     light = 0.3 + 0.7 * lit * (normal * sun).sum(dim=1, keepdim=True).clamp(min=0)
-    grain = 1 - 0.4 * ((20 * point).sin().prod(dim=1, keepdim=True) > 0.01)  # spots on the balls, where z > 0
+    grain = 0.8 + 0.2 * (20 * point + 1).sin().prod(dim=1, keepdim=True).sign()  # a texture, as real things have
     color = torch.where(t.isinf(), d.new_tensor(SKY), paint * light * grain)
     both = torch.cat([color, point], dim=1).view(camera.height, 3, camera.width, 3, 6)
     return torch.cat([both[..., :3].mean(dim=(1, 3)), both[:, 1, :, 1, 3:]], dim=-1)
