@@ -4,6 +4,7 @@ One function per script. It gets an empty axis, and draws what the method's few 
 thumbnail in the README, docs/strip/goldfish.png, is made anew from docs/goldfish.png, the picture that the demo drew.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -136,7 +137,34 @@ def axonn(axis) -> None:
     axis.set(xlim=(-0.6, 12.2), ylim=(-0.6, 3.2))
 
 
-DRAW = {f.__name__: f for f in (goldfish, abacus, slimadam, recurrent_depth, topk_attention, axonn)}
+def speedy_splat(axis) -> None:
+    """One Gaussian of low opacity, and the tiles that list it: 3D-GS's square, SnugBox, AccuTile."""
+    opacity, long, short, turn, u, v = 0.25, 1.5, 0.28, 0.5, 6.3, 5.1  # standard deviations and centre, in tiles
+    seen = math.sqrt(2 * math.log(255 * opacity))  # how many standard deviations away it is seen
+    cos, sin, circle = math.cos(turn), math.sin(turn), [2 * math.pi * i / 400 for i in range(401)]
+
+    def at(t: float, r: float) -> tuple[float, float]:
+        x, y = r * seen * long * math.cos(t), r * seen * short * math.sin(t)
+        return u + x * cos - y * sin, v + x * sin + y * cos
+
+    reach = lambda x0, x1, y0, y1: {(x, y) for x in range(x0, x1 + 1) for y in range(y0, y1 + 1)}
+    touched = {(int(x), int(y)) for r in range(81) for x, y in (at(t, r / 80) for t in circle)}
+    xs, ys = zip(*touched, strict=True)
+    square = reach(int(u - 3 * long), int(u + 3 * long), int(v - 3 * long), int(v + 3 * long))
+    listed = {"3D-GS": square, "SnugBox": reach(min(xs), max(xs), min(ys), max(ys)), "AccuTile": touched}
+    for i, (name, tiles) in enumerate(listed.items()):
+        for x, y in sorted(reach(0, 12, 0, 9)):
+            color = "#fff2cc" if (x, y) in tiles else "white"
+            axis.add_patch(plt.Rectangle((14 * i + x, y), 1, 1, facecolor=color, edgecolor="0.8", lw=0.6))
+        edge = [at(t, 1) for t in circle]
+        axis.fill([14 * i + x for x, _ in edge], [y for _, y in edge], color="tab:blue", alpha=0.45)
+        axis.text(14 * i + 6.5, 10.4, f"{name}: {len(tiles)} tiles", ha="center", fontsize=11)
+    note = "blue: where the Gaussian's alpha is 1/255 or more; yellow: the tiles that list it"
+    axis.text(20.5, -1.1, note, ha="center")
+    axis.set(xlim=(-0.2, 41.2), ylim=(-1.6, 11.6), aspect="equal")
+
+
+DRAW = {f.__name__: f for f in (goldfish, abacus, slimadam, recurrent_depth, topk_attention, axonn, speedy_splat)}
 
 
 def thumbnail(name: str) -> None:
