@@ -25,7 +25,7 @@ TRAIN = {
     "recurrent_depth": "--block 8 --batch 8 --r-bar 3 --log-every 1 --steps 150 --save-every 10",
     "slimadam": "--chars 200000 --d-model 16 --n-head 2 --block 16 --steps 300 --save-every 20 --log-every 1",
     "speedy_splat": "--size 16 --views 8 --points 100 --views-per-step 2 --max-gaussians 160 --steps 90 "
-    "--save-every 10 --eval-every 5",
+    "--save-every 10 --log-every 1",
     "topk_attention": "--samples 1 --ks 8 --context 512",  # it has no training of its own: eval is what may be long
 }
 TRAINED = [name for name in SCRIPTS if name != "topk_attention"]
