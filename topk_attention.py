@@ -703,7 +703,7 @@ def judge(found: dict[tuple, list[float]], real: list[float]) -> tuple[str, bool
         kept.append((two / dense, ends / dense, blind / dense) if dense / 2 >= 0.3 else (0.0, 1.0, 1.0))
     two, ends, blind = min(x[0] for x in kept), max(x[1] for x in kept), max(x[2] for x in kept)
     small = [real[-1] / real[0] if real[0] else 0.0] if real else []
-    here = f"2 % of the rows keep {two:.2f} of dense, first and recent ones {ends:.2f}, random ones {blind:.2f}"
+    here = f"2 % of the rows keep {two:.2f} of dense, first+recent {ends:.2f}, random {blind:.2f}"
     return here + "".join(f"; SmolLM2 {x:.2f}" for x in small), min([two, *small]) >= 0.95 and max(ends, blind) < 0.5
 
 
