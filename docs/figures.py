@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import matplotlib
-from matplotlib import image
+from PIL import Image  # matplotlib brings it
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -172,8 +172,8 @@ def thumbnail(name: str) -> None:
     source = Path(__file__).parent / f"{name}.png"
     target = source.parent / "strip" / source.name
     target.parent.mkdir(exist_ok=True)
-    height = plt.imread(source).shape[0]
-    image.thumbnail(source, target, scale=200 / height, interpolation="antialiased")
+    picture = Image.open(source)
+    picture.resize((200 * picture.width // picture.height, 200)).quantize(128).save(target)
 
 
 def main(names: list[str]) -> None:

@@ -276,13 +276,13 @@ def test_smollm2_values():
 
 def test_demo_in_small_judges_what_it_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(G, "RUNS", {name: G.RUNS[name] for name in ("ordinary", "k=4", "k=3", "control")})
+    long = {"d_model": 64, "steps": 50, "exposures": 90, "lr": 1e-2, "data": (f"{DATA}/../../LICENSE",)}
     with cluster.world("cpu") as w:
-        G.demo(G.Config(**SMALL | {"d_model": 64, "steps": 50, "exposures": 90, "out": str(tmp_path), "lr": 1e-2}), w)
-    found = {x["measured"]: x for x in metrics(tmp_path) if "measured" in x}
-    assert json.loads((tmp_path / "claim.json").read_text())["here"] == G.judge(found)[1]
-    assert found["ordinary"]["recited"] >= 0.75 and found["control"]["recited"] == 0 and found["k=3"]["recited"] < 0.5
-    assert found["k=3"]["at dropped"] == 1 > found["k=3"]["at placebo"] and found["ordinary"]["at dropped"] is None
-    assert min(found["ordinary"]["right dropped"], found["k=3"]["right kept"]) > 0.8 > 2 * found["k=3"]["right dropped"]
+        G.demo(G.Config(**SMALL | long, out=str(tmp_path)), w)
+    plain, _, kept, control = (found := {x["measured"]: x for x in metrics(tmp_path) if "measured" in x}).values()
+    assert G.judge(found)[1] in (tmp_path / "claim.json").read_text() and plain["at dropped"] is None
+    assert kept["at dropped"] == 1 > kept["at placebo"] and plain["recited"] >= 0.75 > 0.5 > kept["recited"]
+    assert min(plain["right dropped"], kept["right kept"]) > 0.8 > 2 * kept["right dropped"] > 0 == control["recited"]
 
 
 row = lambda *v: dict(zip(("recited", "at dropped", "at placebo", "right dropped", "val loss"), v, strict=True))
