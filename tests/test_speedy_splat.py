@@ -299,7 +299,7 @@ def test_training_improves_and_says_when_the_cap_binds(tmp_path, capsys):
             S.Trainer(S.procedural_scene(9, 8, 5), replace(cfg, views_per_step=3), cluster.World(0, 2, w.device))
     said = capsys.readouterr().out
     psnr, n = ([r[k] for r in metrics(tmp_path) if r["run"] == "evaluation"] for k in ("psnr", "gaussians"))
-    assert len(psnr) == 10 and max(psnr) > psnr[0] + 2 and n[-1] < 200
+    assert len(psnr) == 10 and max(psnr) > psnr[0] + 1 and n[-1] < 200
     assert "--max-gaussians 400 holds back growth" in said and said.count(" prune ") == 8
     assert len(S.read_ply(tmp_path / "model.ply")["means"]) < 200
 
@@ -319,12 +319,12 @@ def test_the_verdict_fails_for_each_control():
 
 
 def four_views(rank, size, out):
-    """70 steps of four views each, past growth and the soft prunings; in float64, so that no decision flips."""
+    """45 steps of four views each, past growth and soft prunings; in float64, so that no decision flips."""
     w = cluster.World(rank, size, torch.device("cpu"))
-    cfg = S.Config(mode="train", steps=200, views_per_step=4, max_gaussians=200, device="cpu")
+    cfg = S.Config(mode="train", steps=100, views_per_step=4, max_gaussians=200, device="cpu")
     trainer = S.Trainer(S.procedural_scene(8, 16, 120, 0, "cpu", w), cfg, w)
     trainer.adopt({k: nn.Parameter(x.double()) for k, x in trainer.model.items()})
-    rows = [(trainer.advance()[0].item(), len(trainer.model["means"])) for _ in range(70)]
+    rows = [(trainer.advance()[0].item(), len(trainer.model["means"])) for _ in range(45)]
     rows.append((S.evaluate(trainer.model, trainer.data, w, **trainer.look()), 0))
     torch.save(torch.tensor(rows), f"{out}/{size}_{rank}.pt")
 
