@@ -266,7 +266,7 @@ def test_sigterm_to_one_rank_of_two_writes_a_checkpoint_and_all_exit_0(tmp_path)
             assert all(p.poll() is None for p in ranks)
             time.sleep(0.01)
         ranks[1].send_signal(signal.SIGTERM)
-        said = finish(ranks, 30)
+        said = finish(ranks, 90)
     finally:
         kill(ranks)
     assert [p.returncode for p in ranks] == [0, 0] and "go on with --resume" in said[0]
