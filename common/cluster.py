@@ -64,6 +64,9 @@ def world(device: str = "auto") -> Iterator[World]:
     try:
         yield World(rank, size, dev)
         done = True
+    except SystemExit:  # all ranks stop together: one that left without a word could make its peer abort
+        done = True
+        raise
     finally:
         if done or size == 1:  # a failed rank exits at once, so torchrun can stop its peers
             gc.collect()  # a DDP module in a reference cycle would outlive its group and abort the process at exit
