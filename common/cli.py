@@ -78,7 +78,7 @@ def run(main, config: type, presets: dict[str, dict] | None = None) -> None:
         if isinstance(e, RuntimeError):
             if "gloo/transport" not in str(e) and type(e).__module__ != "torch.distributed":
                 raise
-            e = f"lost another rank ({str(e).splitlines()[0]}). Start the job again, with --resume to go on."
+            e = f"lost contact with another rank ({str(e).splitlines()[0]}). Start again, with --resume to go on."
         where = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(f"{os.path.basename(sys.argv[0])}: error: {where}{e}", file=sys.stderr, flush=True)  # whichever rank
         sys.exit(2)

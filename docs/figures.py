@@ -1,7 +1,7 @@
 """Draw the diagram of a method for its page: python docs/figures.py goldfish writes docs/goldfish_method.png.
 
-One function per script. It gets an empty axis, and draws what the method's few lines do. The
-thumbnail in the README, docs/strip/goldfish.png, is made anew from docs/goldfish.png, the picture that the demo drew.
+One function per script. It gets an empty axis, and draws what the method's few lines do. The thumbnail in the README,
+docs/strip/goldfish.png, is made anew from docs/goldfish.png, the picture that the demo drew.
 """
 
 import math

@@ -352,7 +352,7 @@ cli.run(main, Config)
     said = finish(ranks)
     assert ranks[1].returncode == 2 and "script.py: error: rank 1: the disk of this node is full" in said[1]
     assert ranks[0].returncode == 2 and "Traceback" not in said[0]
-    assert "script.py: error: rank 0: lost another rank" in said[0] and "--resume" in said[0]
+    assert "script.py: error: rank 0: lost contact with another rank" in said[0] and "--resume" in said[0]
     lone = run_script(str(tmp_path / "script.py"))
     assert lone.returncode == 1 and "RuntimeError: a bug" in lone.stderr
 

@@ -252,6 +252,25 @@ def test_tiles_equal_the_reference_vectors(mode, key):
 
 
 @needs_kernels
+def test_speedy_splat_draws_and_scores_alike_with_and_without_them(monkeypatch):
+    """The script's own path of a GPU: its cameras, its background, its call of the kernels."""
+    import speedy_splat as S
+
+    data = S.procedural_scene(views=9, size=21, points=60)
+    start = S.points_to_gaussians(data.points, data.rgb, 3.0)
+    model = {k: (x.detach().to(DEVICE) + 0.3 * randn(*x.shape)).requires_grad_() for k, x in start.items()}  # not round
+    camera, weight, found = data.cameras[1], randn(21, 21, 3), []
+    for on in (False, True):
+        monkeypatch.setattr(S, "on_gpu", lambda _, on=on: on)
+        image = S.render(model, camera, S.SKY, tile=8)
+        grads = torch.autograd.grad((image * weight).sum(), list(model.values()))
+        found.append((image.detach(), *grads, S.prune_scores(model, [camera], S.SKY, tile=8)))
+    for plain, kernel in zip(*found, strict=True):
+        close(kernel, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
+    assert found[0][0].std() > 0.05 and (found[0][-1] > 0).any()
+
+
+@needs_kernels
 def test_splats_that_are_nowhere():
     s, camera = Splats(9, 20, 20), Camera(20, 20)
     s.visible[:] = False

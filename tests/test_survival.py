@@ -212,7 +212,7 @@ def test_a_lost_node_ends_the_job_with_one_line_and_it_resumes(name, tmp_path):
     finally:
         kill(both)
     ours = [x for x in said.splitlines() if x.startswith(f"{name}.py: error: ")]
-    assert len(ours) == 1 and "lost another rank" in ours[0] and "--resume" in ours[0], said
+    assert len(ours) == 1 and "lost contact with another rank" in ours[0] and "--resume" in ours[0], said
     assert f'{name}.py", line' not in said, "a traceback of the script"
     at = last_step(tmp_path)
     again = start(name, *train(name, tmp_path, *long, "--resume"))

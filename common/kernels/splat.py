@@ -210,8 +210,8 @@ def tile_lists(
     """
     need(use_kernels(table.device), f"backend triton needs a GPU and the package triton; here is {table.device}")
     need(mode in MODES, f"unknown tiles {mode!r}; choose from {', '.join(MODES)}")
-    need(tile in (4, 8, 16), f"backend triton takes tiles of 4, 8 or 16 pixels, got {tile}: use backend torch")
-    need(table.dtype == torch.float32, f"backend triton computes in float32, got {table.dtype}: use backend torch")
+    need(tile in (4, 8, 16), f"tiles on a GPU have 4, 8 or 16 pixels, got {tile}: pass --tile 16")
+    need(table.dtype == torch.float32, f"splats on a GPU are float32, got {table.dtype}: convert the model")
     table, columns, rows, device = table.contiguous(), -(-width // tile), -(-height // tile), table.device
     order = visible.nonzero().flatten()
     order = order[torch.argsort(depth[order], stable=True)]
