@@ -1,6 +1,7 @@
 """Start ranks in tests: as functions that assert, or as processes of a script, whose ids are kept."""
 
 import gc
+import multiprocessing
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).parent.parent
+multiprocessing.set_forkserver_preload(["torch.distributed.checkpoint", "common.cluster"])  # imported once, not per rank
 
 
 def _entry(rank, fn, size, store, args):
@@ -25,7 +27,7 @@ def _entry(rank, fn, size, store, args):
 
 def run_ranks(fn, size, tmp_path, *args):
     """Call fn(rank, size, *args) on `size` gloo processes. No port; a failed assert fails the test."""
-    mp.spawn(_entry, (fn, size, tmp_path / "store", args), nprocs=size)
+    mp.start_processes(_entry, (fn, size, tmp_path / "store", args), nprocs=size, start_method="forkserver")
 
 
 def start_ranks(size: int, script: str, *argv: str) -> list[subprocess.Popen]:
