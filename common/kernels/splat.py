@@ -16,7 +16,7 @@ try:
 except ImportError:  # macOS has no wheel
     triton = None
 
-MODES = "vanilla", "snugbox", "accutile", "pixel"
+MODES = "vanilla", "snugbox", "accutile"
 MAX_PAIRS = 2**31 - 1
 
 
@@ -52,12 +52,9 @@ if triton is not None:
             ex, ey = tl.sqrt(t * C / D), tl.sqrt(t * A / D)
         top, bottom = (v - ey) / TILE, (v + ey) / TILE
         left, right = (u - ex) / TILE, (u + ex) / TILE
-        REACH: tl.constexpr = TILE - 1 if MODE == 3 else TILE
         if MODE == 0:  # exclusive ends, truncated towards 0
             bottom = tl.floor(tl.maximum((v + ey + TILE - 1) / TILE, 0.0)) - 1
             right = tl.floor(tl.maximum((u + ex + TILE - 1) / TILE, 0.0)) - 1
-        if MODE == 3:
-            top, left = tl.ceil((v - ey - REACH) / TILE), tl.ceil((u - ex - REACH) / TILE)
         low = tl.minimum(tl.maximum(tl.floor(top), 0.0), rows).to(tl.int32)  # clamped before it becomes an integer
         high = tl.minimum(tl.maximum(tl.floor(bottom), -1.0), rows - 1.0).to(tl.int32)
         low, high = tl.where(here, low, 0), tl.where(here, high, -1)
@@ -72,16 +69,13 @@ if triton is not None:
         while r <= last:
             first, final = left, right
             on = here & (r >= low) & (r <= high)
-            if MODE > 1:
+            if MODE == 2:
                 y0 = tl.maximum(TILE * r - v, -ey)
-                y1 = tl.minimum(TILE * r + REACH - v, ey)
+                y1 = tl.minimum(TILE * (r + 1) - v, ey)
                 h = tl.minimum(tl.maximum(ys, y0), y1)
                 final = (u + (tl.sqrt(tl.maximum(t * A - D * h * h, 0.0)) - B * h) / A) / TILE
                 h = tl.minimum(tl.maximum(-ys, y0), y1)
-                edge = u - (tl.sqrt(tl.maximum(t * A - D * h * h, 0.0)) + B * h) / A
-                first = edge / TILE
-                if MODE == 3:
-                    first = tl.ceil((edge - REACH) / TILE)
+                first = (u - (tl.sqrt(tl.maximum(t * A - D * h * h, 0.0)) + B * h) / A) / TILE
                 on &= y1 >= y0
             c0 = tl.minimum(tl.maximum(tl.floor(first), 0.0), columns).to(tl.int32)
             c1 = tl.minimum(tl.maximum(tl.floor(final), -1.0), columns - 1.0).to(tl.int32)
