@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).parent.parent
-multiprocessing.set_forkserver_preload(["torch.distributed.checkpoint", "common.cluster"])  # imported once, not per rank
+multiprocessing.set_forkserver_preload(["torch.distributed.checkpoint", "common.cluster"])  # imported once for all ranks
 
 
 def _entry(rank, fn, size, store, args):

@@ -270,6 +270,48 @@ def test_speedy_splat_draws_and_scores_alike_with_and_without_them(monkeypatch):
     assert found[0][0].std() > 0.05 and (found[0][-1] > 0).any()
 
 
+class OnGpu(torch.Tensor):
+    """A tensor that says it is on a GPU, wherever it is. What is computed from it is an ordinary one."""
+
+    is_cuda = True
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+
+@needs_kernels
+def test_goldfish_and_topk_attention_take_the_kernels_on_a_gpu(monkeypatch):
+    """kept_loss, key_scores and KVStore.attend as they are on a GPU, beside their plain forms on the same numbers."""
+    import goldfish as G
+    import topk_attention as T
+
+    calls, gpu = [], lambda x: x.as_subclass(OnGpu)
+    for module, name in (
+        (cross_entropy, "masked_cross_entropy"),
+        (decode_attention, "scores"),
+        (decode_attention, "attend"),
+    ):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *x, f=real, name=name: calls.append(name) or f(*x))
+    logits, keep = randn(2, 9, 33), randn(2, 9) > 0
+    targets = torch.arange(18, device=DEVICE).view(2, 9)
+    q, k, v, more = (randn(2, n, 16, seed=n) for n in (6, 200, 201, 5))
+    store = T.KVStore(DEVICE)
+    store.put(0, k, v[:, :200])
+
+    def run(move):
+        store.layers[0] = tuple(move(x) for x in store.layers[0])
+        loss = G.kept_loss(move(logits), targets, keep)
+        return loss, T.key_scores(q, move(k)), store.attend(0, q[:, :3].contiguous(), 8, more, -more)
+
+    with monkeypatch.context() as plain:
+        for script in (G, T):
+            plain.setattr(script, "use_kernels", lambda _: False)
+        want = run(lambda x: x)
+    assert not calls
+    for mine, other in zip(run(gpu), want, strict=True):
+        close(mine, other, rtol=1e-5, atol=1e-6)
+    assert {*calls} == {"masked_cross_entropy", "scores", "attend"}
+
+
 @needs_kernels
 def test_splats_that_are_nowhere():
     s, camera = Splats(9, 20, 20), Camera(20, 20)
