@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 ROOT = Path(__file__).parent.parent
-multiprocessing.set_forkserver_preload(["torch.distributed.checkpoint", "common.cluster"])  # imported once for all ranks
+multiprocessing.set_forkserver_preload(["torch.distributed.checkpoint", "common.cluster"])  # once, not per rank
 
 
 def _entry(rank, fn, size, store, args):
