@@ -21,12 +21,20 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- rows of docs/claims.py -->", "<!-- end of rows -->"
 ROW = re.compile(r"^\| `((?:shorts/)?(\w+)\.py)` \(\d+\) \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", re.M)
+
+
+def tables() -> tuple[str, str, str]:
+    """The README before, between and after its marker lines."""
+    before, _, rest = (ROOT / "README.md").read_text().partition(BEGIN)
+    between, _, after = rest.partition(END)
+    return before + BEGIN, between, END + after
 
 
 def rows() -> dict[str, str]:
     """Name -> file of every script and short that the README's tables list."""
-    return {m[2]: m[1] for m in ROW.finditer((ROOT / "README.md").read_text())}
+    return {m[2]: m[1] for m in ROW.finditer(tables()[1])}
 
 
 def run(file: str, out: Path, limit: float, *argv: str) -> str:
@@ -62,8 +70,8 @@ def rewrite(name: str, claim: dict) -> None:
         lines = len((ROOT / m[1]).read_text().splitlines())
         return f"| `{m[1]}` ({lines}) | {m[3]} | {result(claim)} | {'yes' if claim['holds'] else '**no**'} | {m[6]} |"
 
-    text = ROW.sub(row, (ROOT / "README.md").read_text())
-    (ROOT / "README.md.tmp").write_text(text)
+    before, between, after = tables()
+    (ROOT / "README.md.tmp").write_text(before + ROW.sub(row, between) + after)
     os.replace(ROOT / "README.md.tmp", ROOT / "README.md")
 
 
