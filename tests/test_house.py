@@ -10,9 +10,10 @@ from dataclasses import fields
 from importlib import import_module, util
 
 import pytest
+import torch
 from ranks import ROOT
 
-from common import cli
+from common import cli, cluster, weights
 
 spec = util.spec_from_file_location("claims", ROOT / "docs" / "claims.py")
 claims = util.module_from_spec(spec)
@@ -167,6 +168,32 @@ def test_readme_and_pages():
     shown = {p.name for p in ROOT.glob("docs/*.png")}
     pages = text + "".join(p.read_text() for p in ROOT.glob("docs/**/*.md"))
     assert all(name in pages for name in shown), f"no page shows {[n for n in shown if n not in pages]}"
+
+
+def test_the_copies_of_one_architecture_agree(monkeypatch):
+    """goldfish, topk_attention and axonn each hold a Llama: from the same tensors they give the same logits."""
+    import axonn
+    import goldfish
+    import topk_attention
+
+    config = {"model_type": "llama", "vocab_size": 50, "hidden_size": 48, "intermediate_size": 80,
+              "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12,
+              "rms_norm_eps": 1e-3, "max_position_embeddings": 64, "tie_word_embeddings": True, "rope_theta": 1e3,
+              "rope_scaling": {"rope_type": "llama3", "original_max_position_embeddings": 16, "factor": 4.0,
+                               "low_freq_factor": 1.0, "high_freq_factor": 4.0}}  # fmt: skip
+    shapes = {n: p.shape for n, p in goldfish.GPT(config).named_parameters()}
+    tensors = {n: torch.randn(shapes[n], generator=cluster.generator(i)) / 4 for i, n in enumerate(sorted(shapes))}
+    given = weights.Weights(config, sorted(tensors), tensors.get, None)
+    for script in (goldfish, topk_attention, axonn):
+        monkeypatch.setattr(script, "open_weights", lambda name: given)
+    ids = torch.randint(50, (2, 40), generator=cluster.generator(0))
+    with cluster.world("cpu"), torch.no_grad():
+        one = goldfish.start_model(goldfish.Config(model="given"))(ids)
+        two = topk_attention.Llama.from_pretrained("given")(ids)
+        three = axonn.open_model("given", axonn.Grid(), dtype="float32")[0](ids)
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(three, one, rtol=1e-4, atol=1e-4)
+    assert one.std() > 0.3
 
 
 # ---- docs/claims.py
