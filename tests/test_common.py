@@ -207,8 +207,8 @@ def test_sharded_checkpoint(tmp_path):
 # ---- the loop
 
 
-def tiny(size: int, out, *argv: str) -> list:
-    return start_ranks(size, "tests/tiny.py", *argv, "--out", str(out))
+def tiny(size: int, out, *argv: str, **how) -> list:
+    return start_ranks(size, "tests/tiny.py", *argv, "--out", str(out), **how)
 
 
 def metrics(out) -> list[dict]:
@@ -260,7 +260,7 @@ def test_resume_guards_settings_and_data_and_says_what_to_type(tmp_path):
 
 
 def test_sigterm_to_one_rank_of_two_writes_a_checkpoint_and_all_exit_0(tmp_path):
-    ranks = tiny(2, tmp_path, "--steps", "100000", "--pause", "0.01", "--save-every", "0")
+    ranks = tiny(2, tmp_path, "--steps", "100000", "--pause", "0.01", "--save-every", "0", forked=False)
     try:
         while len(metrics(tmp_path)) < 5:
             assert all(p.poll() is None for p in ranks)
