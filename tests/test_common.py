@@ -259,6 +259,20 @@ def test_resume_guards_settings_and_data_and_says_what_to_type(tmp_path):
             loop.check("checkpoint.pt", was, now | {"same": {"text": 1}})
 
 
+def test_a_fresh_run_sets_the_older_ones_checkpoints_aside(tmp_path):
+    """... both of them, plain ones and folders; those that were aside before are gone."""
+
+    def rate_and_step(path) -> tuple:
+        facts = json.loads((path / "facts.json").read_text()) if path.is_dir() else cluster.load(path)["facts"]
+        return facts["settings"]["lr"], facts["step"]
+
+    for how, name in (("--no-sharded", "checkpoint.pt"), ("--sharded", "checkpoint")):
+        for lr in ("0.1", "0.2", "0.3"):
+            finish(tiny(1, tmp_path, how, "--steps", "10", "--lr", lr))
+        found = [rate_and_step(tmp_path / f"{name}{end}") for end in ("", ".previous", ".old", ".previous.old")]
+        assert found == [(0.3, 10), (0.3, 7), (0.2, 10), (0.2, 7)]
+
+
 def test_sigterm_to_one_rank_of_two_writes_a_checkpoint_and_all_exit_0(tmp_path):
     ranks = tiny(2, tmp_path, "--steps", "100000", "--pause", "0.01", "--save-every", "0", forked=False)
     try:
@@ -448,6 +462,12 @@ def test_timings_are_interleaved_medians(monkeypatch):
     found = report.timed(cases, torch.device("cpu"), repeats=3)
     assert order == ["a", "b"] * 5  # so a slow minute falls on both
     assert found["a"][0] == 2 and found["a"][1] > 10 and found["b"] == (5, 0)
+
+
+def test_ceilings_count_bytes_and_operations(monkeypatch):
+    run = lambda cases, device, repeats: {name: (2.0, fn() is None) for name, fn in cases.items()}
+    monkeypatch.setattr(report, "timed", run)
+    assert report.ceilings(torch.device("cpu")) == (2**26 * 4 * 2 / 2.0, 2 * 1024**3 / 2.0)
 
 
 # ---- text
