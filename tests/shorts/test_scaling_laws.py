@@ -20,6 +20,7 @@ def test_fit_finds_a_planted_law_and_does_not_follow_an_outlier():
     L[10] *= 1.3
     law = fit(N, D, L)
     assert (law.alpha, law.beta, math.exp(law.logE)) == pytest.approx((0.34, 0.47, 1.2), rel=3e-2)
+    assert (law.loss(N, D) / true.loss(N, D) - 1).abs().max() < 3e-3
     n, d = torch.tensor([0.0, 1.0]), torch.tensor([0.0, 2.0])
     two = [math.log(3), math.log(math.exp(-0.5) + math.exp(-0.5) + 1)]  # theta: logs 0, alpha 1/2, beta 1/4
     value = objective(torch.tensor([0.0, 0.0, 0.0, 0.5, 0.25]), n, d, torch.zeros(2), 0.1)
