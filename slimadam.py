@@ -76,7 +76,6 @@ def snr(v: Tensor, K: tuple) -> float:
     """SNR_K(v) of Adam's own v: mean over the lines of mean^2 / variance, in float64. NaN: no line has a variance.
     It does not depend on the scale of v. A DTensor is gathered first, so that is collective."""
     v = (v.full_tensor() if isinstance(v, DTensor) else v).detach().double()
-    v = v / v.amax().clamp_min(1e-300) if v.numel() else v
     ratio = v.mean(K).square() / v.var(K, unbiased=False)
     ratio = ratio[ratio.isfinite() & (ratio < 1e27)]  # above: a constant line, whose variance is rounding
     return ratio.mean().item() if ratio.numel() else math.nan

@@ -164,7 +164,7 @@ def _operators(rank):
 
 def _decisions(rank):
     """Steps and clips out of turn are refused, also of a deep copy and after torch's own clipping; NaN stops all."""
-    grid = A.Grid(2, 1, 2, 2)
+    grid = A.Grid(2, 1, 2, 0)  # 0: all ranks, 2
     rows = grid.mine(batch(GPT))
     for model in (first := A.GPT3D(GPT, grid), copy.deepcopy(first)):
         optimizer = A.adamw(model, 1e-2)

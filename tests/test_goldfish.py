@@ -65,10 +65,10 @@ def test_masks_equal_the_released_code(case):
 def test_windows_against_brute_force(window, h):
     targets, table = draw(3, 40), G.hash_table().tolist()
     for row, drop in zip(targets.tolist(), G.goldfish_mask(targets, 3, h, window=window).tolist(), strict=True):
-        for i in range(40):
-            end = i + 1 if window == "target" else i  # one past the window
+        for i, end in enumerate(range(1, 41) if window == "target" else range(40)):  # end: one past the window
             product = (math.prod(row[end - h : end]) + 2**63) % 2**64 - 2**63
             assert drop[i] == (end >= h and table[product % TABLE["size"]] < 1 / 3), (i, window)
+    pytest.raises(ValueError, G.goldfish_mask, targets[:, : h - (window == "target")], 3, h, window=window)  # no room
 
 
 def test_shift_invariance_nesting_and_edges_of_k():
