@@ -106,11 +106,11 @@ def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, keep: Tensor, chunk
     kind = hidden.device.type  # torch 2.13's function does not follow autocast by itself
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     x, y, W = hidden[keep].to(dtype), targets[keep].long(), head.to(dtype)  # (n, C), (n,), (V, C)
-    if hasattr(F, "linear_cross_entropy"):  # torch 2.13: chunked; summed here, since it would round a bf16 sum
-        return F.linear_cross_entropy(x, W, y, reduction="none", options=nn.LinearCrossEntropyOptions()).float().sum()
-    part = lambda a, b: F.cross_entropy(F.linear(a, W).float(), b, reduction="sum")
-    parts = zip(x.split(chunk), y.split(chunk), strict=True)
-    return sum(checkpoint(part, a, b, use_reentrant=False) for a, b in parts)  # logits are made twice, kept never
+    if hasattr(F, "linear_cross_entropy"):  # torch 2.13, whose own choice of chunks is several times slower on a CPU
+        how = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
+        return F.linear_cross_entropy(x, W, y, reduction="none", options=how).float().sum()  # a bf16 sum would round
+    part = lambda a, b: F.cross_entropy(F.linear(a, W).float(), b, reduction="sum")  # its logits are made twice
+    return sum(checkpoint(part, a, b, use_reentrant=False) for a, b in zip(x.split(chunk), y.split(chunk), strict=True))
 
 
 # %% what is measured
