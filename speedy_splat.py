@@ -417,10 +417,8 @@ def densify(model: dict, optimizer, gradient: Tensor, extent: float, noise, room
 # %% settings
 
 TRAINS, USER = ("demo", "train"), ("train", "bench")
-DEFAULTS = {  # of the demo, of the paper
-    "steps": (400, 30_000), "lr_scale": (4.0, 1.0), "sh_degree": (1, 3), "max_gaussians": (4000, 0),
-    "soft_ratio": (0.6, 0.8), "hard_ratio": (0.2, 0.3), "tile": (8, 16),
-}  # fmt: skip
+DEFAULTS = {"steps": (400, 30_000), "lr_scale": (4.0, 1.0), "sh_degree": (1, 3),  # of the demo, of the paper
+            "max_gaussians": (4000, 0), "soft_ratio": (0.6, 0.8), "hard_ratio": (0.2, 0.3), "tile": (8, 16)}  # fmt: skip
 
 
 @dataclass
@@ -622,6 +620,7 @@ def write_ply(path: str | Path, model: dict) -> None:
 
 # %% training: one process, or replicas that share the views
 
+
 class Trainer:
     """One run: the model, Adam with a group per tensor, and the schedule of growing and pruning."""
 
@@ -750,6 +749,7 @@ def train(cfg: Config, w: cluster.World) -> None:
 
 
 # %% demo and bench
+
 
 @torch.no_grad()
 def pairs(model: dict, cameras: Sequence[Camera], tile: int) -> dict[str, int]:
