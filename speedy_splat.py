@@ -1,7 +1,6 @@
 """Speedy-Splat: Gaussian splatting with exact tiles and pruning, on a CPU or a GPU.
 
-Paper    Hanson et al., "Speedy-Splat: Fast 3D Gaussian Splatting with Sparse Pixels and Sparse Primitives", CVPR 2025,
-         arXiv:2412.00578v3, on Kerbl et al., "3D Gaussian Splatting", arXiv:2308.04079.
+Paper    Hanson et al., "Speedy-Splat", CVPR 2025, arXiv:2412.00578v3, on "3D Gaussian Splatting", arXiv:2308.04079.
 Idea     3D-GS lists a Gaussian in each tile of a square around it. It is seen only in an ellipse, which shrinks with
          its opacity: SnugBox is the box of that ellipse, AccuTile the tiles that it touches. A score, the squared
          derivative of all images by the projected Gaussian, tells which Gaussians can go while the model trains.
@@ -51,7 +50,6 @@ from common.kernels import splat as kernels, use_kernels
 # A, B, C  its conic: G = exp(-(A dx^2 + 2 B dx dy + C dy^2) / 2) at the distance dx, dy from the centre
 # alpha    min(0.99, o G); below 1/255 it is not blended              (arXiv:2308.04079)
 # t        the ellipse A dx^2 + 2 B dx dy + C dy^2 = t is where alpha = 1/255         (Section 4.1)
-
 FULL = 1e-4  # light: what would leave less behind it is not drawn in a pixel, nor what comes after it
 
 
@@ -290,11 +288,10 @@ def points_to_gaussians(points: Tensor, rgb: Tensor, extent: float, sh_degree: i
 
     A model is a dict of raw parameters: means (N, 3); sh_dc (N, 1, 3) and sh_rest (N, k, 3), the colour less 0.5;
     opacity (N, 1) before its sigmoid; scale (N, 3), a logarithm; quat (N, 4), w first, of any length."""
-    n, alone = len(points), (0.01 * extent) ** 2  # of a lone point the mean over no neighbours is nan
-    side = nearest(points, show).nan_to_num(nan=alone).clamp(min=1e-7).sqrt()
+    n, far = len(points), nearest(points, show).nan_to_num(nan=(0.01 * extent) ** 2)  # nan: the point is alone
     raw = {"means": points, "sh_dc": ((rgb - 0.5) / SH_C0)[:, None],
            "sh_rest": points.new_zeros(n, (sh_degree + 1) ** 2 - 1, 3), "opacity": points.new_full((n, 1), 0.1).logit(),
-           "scale": side.log()[:, None].repeat(1, 3),
+           "scale": far.clamp(min=1e-7).sqrt().log()[:, None].repeat(1, 3),
            "quat": points.new_tensor([1.0, 0, 0, 0]).repeat(n, 1)}  # fmt: skip
     return {name: nn.Parameter(x.float()) for name, x in raw.items()}
 
@@ -417,8 +414,8 @@ def densify(model: dict, optimizer, gradient: Tensor, extent: float, noise, room
 # %% settings
 
 TRAINS, USER = ("demo", "train"), ("train", "bench")
-DEFAULTS = {"steps": (400, 30_000), "lr_scale": (4.0, 1.0), "sh_degree": (1, 3),  # of the demo, of the paper
-            "max_gaussians": (4000, 0), "soft_ratio": (0.6, 0.8), "hard_ratio": (0.2, 0.3), "tile": (8, 16)}  # fmt: skip
+DEFAULTS = {"steps": (580, 30_000), "lr_scale": (4.0, 1.0), "sh_degree": (1, 3), "tile": (4, 16),  # demo, paper
+            "max_gaussians": (8000, 0), "soft_ratio": (0.6, 0.8), "hard_ratio": (0.2, 0.3)}  # fmt: skip
 
 
 @dataclass
@@ -430,7 +427,7 @@ class Config:
     model: str = opt("", "a .ply; by default the demo's 3D-GS.ply, with --data train's model.ply", modes=("bench",))
     size: int = opt(72, "pixels along a side of the ray-traced views", modes=TRAINS)
     views: int = opt(56, "ray-traced views", modes=TRAINS)
-    points: int = opt(1500, "first Gaussians of the ray-traced scene", modes=TRAINS)
+    points: int = opt(3000, "first Gaussians of the ray-traced scene", modes=TRAINS)
     steps: int = opt(-1, "optimizer steps; -1, as below, is the demo's number, with --data the paper's", modes=TRAINS)
     lr_scale: float = opt(-1.0, "factor on all learning rates; 1 is the paper's", modes=TRAINS)
     sh_degree: int = opt(-1, "highest degree of the colours' spherical harmonics, 0 to 3", modes=TRAINS)
@@ -438,7 +435,7 @@ class Config:
     soft_ratio: float = opt(-1.0, "part pruned at each of 3 events of the growth; 0: none", modes=TRAINS)
     hard_ratio: float = opt(-1.0, "part pruned at each of 5 events after it; 0: none", modes=TRAINS)
     views_per_step: int = opt(0, "views in a step of the whole job; 0: one per process", modes=("train",))
-    tile: int = opt(-1, "pixels along a tile's side: 8 suits small pictures, 16 large ones")
+    tile: int = opt(-1, "pixels along a tile's side: 4 suits small pictures, 16 large ones")
     seed: int = opt(0, "seed of the points, the order of views and the splits", modes=TRAINS)
     device: str = opt("auto", "where to run", choices=("auto", "cpu", "cuda"))
     out: str = opt("results/speedy_splat", "folder of what the run writes, and of the checkpoint to resume")
@@ -511,13 +508,13 @@ def ray_trace(camera: Camera, device="cpu") -> Tensor:
     point = origin + t * d
     lit = first_hit(point + 1e-3 * normal, sun)[0].isinf()  # in no other thing's shadow
     light = 0.3 + 0.7 * lit * (normal * sun).sum(dim=1, keepdim=True).clamp(min=0)
-    grain = 0.8 + 0.2 * (20 * point + 1).sin().prod(dim=1, keepdim=True).sign()  # a texture, as real things have
+    grain = 0.8 + 0.2 * (40 * point + 1).sin().prod(dim=1, keepdim=True).sign()  # a texture, as real things have
     color = torch.where(t.isinf(), d.new_tensor(SKY), paint * light * grain)
     both = torch.cat([color, point], dim=1).view(camera.height, 3, camera.width, 3, 6)
     return torch.cat([both[..., :3].mean(dim=(1, 3)), both[:, 1, :, 1, 3:]], dim=-1)
 
 
-def procedural_scene(views=56, size=72, points=1500, seed=0, device="cpu") -> Dataset:
+def procedural_scene(views=56, size=72, points=3000, seed=0, device="cpu") -> Dataset:
     """Balls on a disc, from all around; points are what the training views hit."""
     cameras, g = [scene_camera(i, views, size) for i in range(views)], cluster.generator(seed, 1)
     found = torch.stack([ray_trace(camera, device).cpu() for camera in cameras])
