@@ -4,13 +4,14 @@ import json
 import math
 import re
 import shutil
-import struct
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks, run_script
 from torch import nn
 
@@ -18,9 +19,8 @@ import speedy_splat as S
 from common import cli, cluster
 
 DATA = Path(__file__).parent / "data"
-LONE, DOUBLE, T = cluster.World(0, 1, torch.device("cpu")), torch.float64, torch.from_numpy
+DOUBLE, T = torch.float64, torch.from_numpy
 SMALL = {"views": 10, "size": 24, "points": 200, "steps": 100, "max_gaussians": 400, "device": "cpu"}
-FLAGS = [word for name, value in SMALL.items() for word in cli.spell(name, value).split()]
 metrics = lambda folder: [json.loads(x) for x in (folder / "metrics.jsonl").read_text().splitlines()[1:]]
 vectors = lambda name: dict(np.load(DATA / "speedy_splat" / f"{name}.npz"))
 INPUTS, close = vectors("inputs"), torch.testing.assert_close
@@ -54,8 +54,8 @@ def mask_of(pairs, n, tiles):
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.float32])
 @pytest.mark.parametrize("i", range(3))
 def test_images_gradients_and_scores_match_the_brute_force(i, dtype, monkeypatch):
-    monkeypatch.setattr(S, "GROUP", 4000)  # of few tiles each, and once with those computed again going backward
-    monkeypatch.setattr(S, "KEEP", 2**26 if dtype == DOUBLE else 0)
+    for name, few in ("GROUP", 2**14), ("SLAB", 16), ("KEEP", 2**26 if dtype == DOUBLE else 0):  # 0: blended twice
+        monkeypatch.setattr(S, name, few)
     want, (model, camera), tight = vectors(f"camera{i}"), reference(i, dtype), dtype == DOUBLE
     ok, background, o, s = T(want["ok"]), T(INPUTS["bg"]), T(INPUTS["opacities"]).to(dtype), S.project(model, camera)
     assert torch.equal(s.visible, ok)
@@ -66,7 +66,6 @@ def test_images_gradients_and_scores_match_the_brute_force(i, dtype, monkeypatch
     for other in (image, S.render(model, camera, background, "snugbox"), S.render_dense(model, camera, background)):
         off = (other - T(want["image"])).abs().amax(dim=-1)
         assert off.max() < (1e-6 if tight else 1 / 255) and (off > 2e-4).float().mean() < 0.005  # borderline alphas
-    assert i == 2 or (S.render(model, camera, background, "vanilla") - image).abs().max() > 1e-4  # tails are cut off
     (image * T(INPUTS["loss_weights"][i]).to(dtype)).sum().backward()
     got = {"means": model["means"].grad, "quats": model["quat"].grad, "mean2d": s.mean2d.grad,
            "scales": model["scale"].grad / T(INPUTS["scales"]).to(dtype),
@@ -106,29 +105,25 @@ def test_accutile_of_many_equals_that_of_one_and_every_pixel(tile, width, height
     one = [set(S.accutile(*x, columns, rows, tile)) for x in zip(*mean2d.T, A, B, C, o, strict=True)]
     assert [set(row.nonzero().flatten().tolist()) for row in mine["accutile"]] == one
     y, x = (i.flatten() for i in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
-    dx, dy, column = mean2d[:, :1] - x, mean2d[:, 1:] - y, lambda x: x[:, None]  # (n, pixels)
-    hit = column(o) * (-(column(A) * dx**2 + column(C) * dy**2) / 2 - column(B) * dx * dy).exp() >= 1 / 255
+    hit = (o * S.gaussian(mean2d, s.conic, torch.arange(width), torch.arange(height)) >= 1 / 255).T  # (n, pixels)
     at = (y // tile * columns + x // tile).expand(n, -1)
     brute = torch.zeros(n, columns * rows).scatter_reduce_(1, at, hit.float(), "amax").bool()
     assert not (brute & ~mine["accutile"]).any() and not (mine["accutile"] & ~mine["snugbox"]).any()
-    _, ex, ey = S.snugbox(A, B, C, o := o.clamp(min=0.01))  # where the box touches the ellipse, alpha is 1/255
-    for dx, dy in ((ex, -B / C * ex), (-B / A * ey, ey)):
-        close(o * torch.exp(-(A * dx * dx + 2 * B * dx * dy + C * dy * dy) / 2), torch.full_like(o, 1 / 255))
 
 
 def test_image_and_score_by_hand():
     g = torch.Generator().manual_seed(3)
     G, o, color = (torch.rand(*s, generator=g, dtype=DOUBLE) for s in ((7, 9), (1, 9), (9, 3)))
     o[0, 1:], G[2], G[:, 0] = 1.0, 0.999, 0.003  # over the clamp, whose gradient goes straight through; not blended
-    for image, alphas in zip(S.composite(G, o, color), (o * G).clamp(max=0.99), strict=True):
+    for image, alphas in zip(S.composite(G, o, color)[0], (o * G).clamp(max=0.99), strict=True):
         light, pixel = 1.0, torch.zeros(3, dtype=DOUBLE)
         for alpha, c in zip(alphas, color, strict=True):
             if light * (1 - alpha) < 1e-4:
                 break
             pixel, light = pixel + (alpha >= 1 / 255) * light * alpha * c, light * (1 - alpha * (alpha >= 1 / 255))
         close(image, pixel)
-    slope = torch.autograd.functional.jacobian(lambda G: S.composite(G, o, color).sum(dim=1), G)  # (P, P, K)
-    close(S.score(G, o, color), slope.square().sum(dim=(0, 1)))
+    slope = torch.autograd.functional.jacobian(lambda G: S.composite(G, o, color)[0].sum(dim=1), G)  # (P, P, K)
+    close(S.score(S.composite(G.requires_grad_(), o, color)[0], [G])[0], slope.square().sum(dim=(0, 1)))
 
 
 def test_measures_and_the_pruning_rule():
@@ -141,14 +136,6 @@ def test_measures_and_the_pruning_rule():
         assert torch.equal(S.prune_mask(T(z["prune_scores"]), ratio), T(z[f"prune_keep_{name}"]))
     with pytest.raises(S.BadInput, match="would remove all 4 Gaussians"):
         S.prune_mask(torch.ones(4), 0.5)
-
-
-def test_schedule_is_the_papers_and_scales():
-    paper = S.schedule(30_000)
-    assert min(paper["grow"]) == 600 and max(paper["grow"]) == 14_900 and len(paper["grow"]) == 144
-    assert (paper["reset"], paper["soft"]) == ({3000, 6000, 9000, 12_000}, {6000, 9000, 12_000})
-    assert paper["hard"] == {15_000, 18_000, 21_000, 24_000, 27_000}
-    assert S.schedule(1500)["soft"] == {300, 450, 600} and not S.schedule(500)["reset"]  # no 60 steps to recover
 
 
 def test_growth_clones_splits_drops_and_moves_adams_state():
@@ -173,10 +160,8 @@ def test_growth_clones_splits_drops_and_moves_adams_state():
         assert torch.equal(state["exp_avg"][:-3], moment[name][[0, 1, 5]]), name
         assert not state["exp_avg"][-3:].any() and state["step"] == 1 and group["params"][0] is x
     assert S.densify(model, optimizer, torch.zeros(6), 3.0, noise, 100, True)[2] == 3  # over a tenth of the extent
-    wide = random_model(8) | {"opacity": nn.Parameter(torch.ones(8, 1))}
-    assert sum(S.densify(wide, adam(wide), torch.linspace(0, 1, 8), 3.0, noise, 2, False)[:2]) == 2
     with pytest.raises(S.BadInput, match="no Gaussian is left"):
-        S.keep(wide, adam(wide), torch.zeros(len(wide["means"])) > 0)
+        S.keep(model, optimizer, torch.zeros(len(model["means"])) > 0)
 
 
 def test_first_gaussians_in_little_memory(monkeypatch):
@@ -189,7 +174,15 @@ def test_first_gaussians_in_little_memory(monkeypatch):
     assert len(made) >= 4 and sum(made) == 9000  # in chunks of at most 2^24 numbers
 
 
-def test_nothing_visible_and_broken_gaussians():
+def test_full_tiles_nothing_visible_and_broken_gaussians(monkeypatch):
+    monkeypatch.setattr(S, "SLAB", 16)
+    model, camera = random_model(400, dtype=DOUBLE), small_camera()
+    model["means"].data[:6] = torch.linalg.inv(camera.viewmat)[:3, 3] * 0.5  # a wall behind which nothing is blended
+    model["scale"].data[:6], model["opacity"].data[:6] = 1.0, 9.0
+    ids, starts = S.tile_lists(s := S.project(model, camera), *camera.size, 8, "accutile")
+    _, parts = S.blend(s, torch.zeros(3), camera, torch.arange(12), ids, starts, 8)
+    assert len(starts) == 13 and len(ids) > 1500 and sum(i.numel() for i, _ in parts) == 16 * 12
+    close(S.render(model, camera, tile=8), S.render_dense(model, camera), rtol=0, atol=1e-12)
     camera, sky, model = small_camera(), (0.1, 0.2, 0.3), random_model(5)
     flat, eye = torch.tensor(sky).expand(21, 29, 3), torch.linalg.inv(camera.viewmat)[:3, 3]
     model["means"].data += 100 * eye / eye.norm()  # behind the camera
@@ -221,27 +214,11 @@ def test_colmap_matches_the_vectors_and_refuses_what_is_cut(tmp_path):
             (tmp_path / other).write_bytes(content[:size] if other == name else content)
         with pytest.raises(S.BadInput, match=f"{re.escape(name)}: truncated"):
             S.load_colmap(tmp_path, "")
-    with pytest.raises(FileNotFoundError, match="model_converter --output_type BIN"):
-        S.load_colmap(DATA / "speedy_splat" / "colmap_txt")
-
-
-def test_pictures_are_read_and_refused_before_the_first_step(tmp_path):
-    Image = pytest.importorskip("PIL.Image")
-    shutil.copytree(DATA / "garden", tmp_path, dirs_exist_ok=True)
-    (tmp_path / "images_4").mkdir()
-    for i, size in enumerate(((64, 42), (3200, 40), (648, 420))):  # smaller, too wide, as the camera says; one is grey
-        Image.new("RGB" if i else "L", size, (9, 20 * i, 200) if i else 51).save(tmp_path / "images_4" / f"view{i}.png")
-    data, was = S.load_colmap(tmp_path, "images_4"), S.load_colmap(tmp_path, "").cameras[1]
-    assert [tuple(x.shape) for x in data.images] == [(42, 64, 3), (20, 1600, 3), (420, 648, 3)]
-    assert data.images[1][3, 4].tolist() == [9, 20, 200] and (data.images[0] == 51).all()
-    assert data.cameras[1][1:] == pytest.approx(was.resized(1600, 20)[1:])
-    (tmp_path / "images_4" / "view1.png").write_bytes(b"\x89PNG broken")
-    with pytest.raises(S.BadInput, match="view1.png: .*--images images_4"):
-        S.load_colmap(tmp_path, "images_4")
-    file = tmp_path / "sparse/0/cameras.bin"
-    file.write_bytes(file.read_bytes().replace(struct.pack("<iiQ", 1, 1, 648), struct.pack("<iiQ", 1, 4, 648)))
+    (tmp_path / "cameras.bin").write_bytes(files["cameras.bin"].replace(b"\1\0\0\0\1", b"\1\0\0\0\4", 1))
     with pytest.raises(S.BadInput, match="camera 1 is distorted. Run colmap image_undistorter"):
         S.load_colmap(tmp_path, "")
+    with pytest.raises(FileNotFoundError, match="model_converter --output_type BIN"):
+        S.load_colmap(DATA / "speedy_splat" / "colmap_txt")
 
 
 def test_ply_round_trip_bad_rows_and_faults(tmp_path, capsys):
@@ -265,85 +242,109 @@ def test_ply_round_trip_bad_rows_and_faults(tmp_path, capsys):
             S.read_ply(path)
 
 
-def test_a_real_capture_initialises_renders_grows_and_prunes(tmp_path):
-    """The garden folder brings no pictures: here it learns to look like stripes."""
-    data = S.load_colmap(DATA / "garden", "")
-    assert len(data.points) == 5551 and data.cameras[0].size == (648, 420)
-    cameras = [c.resized(54, 35) for c in data.cameras]
-    stripes = (255 * (torch.arange(54) // 6 % 2)).byte()[None, :, None].expand(35, 54, 3)
-    cfg = S.Config(mode="train", data=str(DATA / "garden"), steps=60, out=str(tmp_path), device="cpu")
-    trainer = S.Trainer(data._replace(cameras=cameras, images=[stripes] * 3), cfg, LONE)
-    S.write_ply(tmp_path / "model.ply", trainer.model)
-    with cluster.world("cpu"):
-        S.bench(replace(cfg, mode="bench"), LONE)
+@pytest.mark.parametrize("size", [(54, 35), pytest.param((741, 480), marks=pytest.mark.drill)])
+def test_a_real_capture_trains_is_pruned_and_timed(size, tmp_path, capsys, monkeypatch):
+    """The garden folder brings no pictures: here it learns those of its own points, drawn opaque."""
+    Image, data, drawn = pytest.importorskip("PIL.Image"), S.load_colmap(DATA / "garden", ""), []
+    shutil.copytree(DATA / "garden", tmp_path, dirs_exist_ok=True)
+    (pictures := tmp_path / "images_4").mkdir()
+    model = S.points_to_gaussians(data.points, data.rgb, 5.0) | {"opacity": torch.full((5551, 1), 4.0)}
+    for i, camera in enumerate(data.cameras):
+        picture = 255 * S.render(model, camera.resized(*size)).detach().clamp(0, 1)
+        Image.fromarray(picture.byte().numpy()).save(pictures / f"view{i}.png")
+    at = {"data": str(tmp_path), "out": str(tmp_path), "device": "cpu"}
+    S.main(S.Config(mode="train", images="images_4", steps=60, log_every=1, max_gaussians=5600, **at))
+    said, rows = capsys.readouterr().out, metrics(tmp_path)
+    psnr, loss, n = ([r[k] for r in rows if k in r] for k in ("psnr", "loss", "gaussians"))
+    assert len(psnr) == 10 and loss[10] < loss[0] and "--max-gaussians 5600 holds back growth" in said
+    assert said.count(" prune ") == 8 and max(n) <= 5600 and len(S.read_ply(tmp_path / "model.ply")["means"]) < 280
+
+    def rasterization(means, quats, scales, opacities, colors, viewmats, Ks, W, H, *, tile_size, sh_degree, **how):
+        assert how == {"packed": False, "near_plane": 0.2, "eps2d": 0.3}  # a stand-in for that of gsplat
+        (fx, _, cx), (_, fy, cy), _ = Ks[0].tolist()
+        raw = means, colors[:, :1], colors[:, 1:], opacities.logit()[:, None], scales.log(), quats
+        model, camera = dict(zip(S.RATES, raw, strict=True)), S.Camera(viewmats[0], fx, fy, cx, cy, W, H)
+        drawn.append(S.render(model, camera, tile=tile_size, sh_degree=sh_degree))
+        return drawn[-1][None], None, {}
+
+    half = S.prune_mask(S.prune_scores(trained := S.read_ply(tmp_path / "model.ply"), data.cameras), 0.5)
+    S.write_ply(tmp_path / "half.ply", trained := {k: x[half] for k, x in trained.items()})
+    monkeypatch.setitem(sys.modules, "gsplat", type("gsplat", (), {"rasterization": rasterization}))
+    S.main(S.Config(mode="bench", model=str(tmp_path / "half.ply"), **at))
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [r[0] for r in rows] == list(S.TILES) and rows[0][1] > rows[1][1] > rows[2][1] > 0
-    loss, events = zip(*(trainer.advance() for _ in range(60)), strict=True)
-    n, said = len(trainer.model["means"]), [e for step in events for e in step]
-    assert sum("prune" in e for e in said) == 8 and 0 < n < 0.05 * 5551 and loss[10] < loss[0]
+    assert [r[0] for r in rows] == [*S.TILES, "gsplat"] and min(rows[0][1], rows[1][1]) > rows[2][1] > 0
+    close(drawn[0], S.render(trained, data.cameras[0]).detach(), rtol=0, atol=1e-3)
+    Image.new("L", (3200, 40), 51).save(pictures / "view1.png")  # grey, and too wide
+    cameras, images, *_ = S.load_colmap(tmp_path, "images_4")
+    assert torch.equal(images[1], torch.full((20, 1600, 3), 51, dtype=torch.uint8))
+    assert cameras[1][1:] == pytest.approx(data.cameras[1].resized(1600, 20)[1:])
+    with monkeypatch.context() as without, pytest.raises(S.BadInput, match="pip install pillow"):
+        without.setitem(sys.modules, "PIL", None)
+        S.load_colmap(tmp_path, "images_4")
+    (pictures / "view1.png").write_bytes(b"\x89PNG broken")
+    with pytest.raises(S.BadInput, match="view1.png: .*--images images_4"):
+        S.load_colmap(tmp_path, "images_4")
 
 
-def test_settings_of_the_demo_and_of_a_capture():
+def test_settings_and_schedule_of_the_demo_and_of_the_paper():
+    plan = S.schedule(30_000)
+    assert min(plan["grow"]) == 600 and max(plan["grow"]) == 14_900 and len(plan["grow"]) == 144
+    assert (plan["reset"], plan["soft"]) == ({3000, 6000, 9000, 12_000}, {6000, 9000, 12_000})
+    assert plan["hard"] == {15_000, 18_000, 21_000, 24_000, 27_000}
+    assert S.schedule(1500)["soft"] == {300, 450, 600} and not S.schedule(500)["reset"]  # no 60 steps to recover
     paper = S.Config(mode="train", data="DIR", steps=7)
     assert (paper.steps, paper.max_gaussians, paper.soft_ratio, paper.lr_scale, paper.tile) == (7, 0, 0.8, 1.0, 16)
     for flag, value in (("hard_ratio", 1.5), ("sh_degree", 4), ("steps", 0), ("lr_scale", math.nan), ("tile", 0)):
         with pytest.raises(S.BadInput, match=cli.spell(flag, value).replace("-", ".")):
             S.Config(**{flag: value})
-
-
-def test_training_improves_and_says_when_the_cap_binds(tmp_path, capsys):
-    cfg = S.Config(mode="train", out=str(tmp_path), **SMALL | {"soft_ratio": 0.3, "hard_ratio": 0.1})
-    with cluster.world("cpu") as w:
-        S.train(cfg, w)
-        with pytest.raises(S.BadInput, match="--views-per-step 0"):
-            S.Trainer(S.procedural_scene(9, 8, 5), replace(cfg, views_per_step=3), cluster.World(0, 2, w.device))
-    said = capsys.readouterr().out
-    psnr, n = ([r[k] for r in metrics(tmp_path) if r["run"] == "evaluation"] for k in ("psnr", "gaussians"))
-    assert len(psnr) == 10 and max(psnr) > psnr[0] + 1 and n[-1] < 200
-    assert "--max-gaussians 400 holds back growth" in said and said.count(" prune ") == 8
-    assert len(S.read_ply(tmp_path / "model.ply")["means"]) < 200
+    two, data = cluster.World(0, 2, torch.device("cpu")), S.procedural_scene(9, 8, 5)
+    with pytest.raises(S.BadInput, match="--views-per-step 0"):
+        S.Trainer(data, replace(paper, views_per_step=3), two)
 
 
 def test_the_verdict_fails_for_each_control():
     pairs = lambda v, a: {"vanilla": v, "snugbox": v, "accutile": a}
     plain, pruned, capped = ({"gaussians": n, "psnr": p, "pairs": x} for n, p, x in (
         (4000, 30.0, pairs(100, 70)), (1000, 29.0, pairs(40, 30)), (1000, 28.5, pairs(40, 30))))  # fmt: skip
-    probe = {"half": {"score": 29.6, "opacity": 29.2, "random": 25.0}, "share at 400": 0.55, "off": {"accutile": 1e-15}}
+    probe = {"half": {"score": 29.6, "opacity": 29.2, "random": 25.0}, "share at 400": 0.55, "off": 1e-15}
     judge = lambda a=plain, b=pruned, c=capped, **change: S.judge(a, b, c, probe | change)[0]
     assert judge()
     for half in ((29.4, 29.0, 25.0), (29.6, 29.4, 25.0), (29.6, 29.2, 27.0), (25.0, 29.2, 25.0), (29.2, 29.2, 25.0)):
         assert not judge(half=dict(zip(probe["half"], half, strict=True)))
-    assert not judge(off={"accutile": 1e-3}) and not judge(**{"share at 400": 0.7})
+    assert not judge(off=1e-3) and not judge(**{"share at 400": 0.7})
     assert not judge(plain | {"pairs": pairs(100, 80)}) and not judge(b=pruned | {"pairs": pairs(40, 35)})
     assert not judge(b=pruned | {"psnr": 28.4}) and not judge(b=capped)
 
 
 def four_views(rank, size, out):
-    """45 steps of four views each, past growth and soft prunings; in float64, so that no decision flips."""
-    w = cluster.World(rank, size, torch.device("cpu"))
-    cfg = S.Config(mode="train", steps=100, views_per_step=4, max_gaussians=200, device="cpu")
-    trainer = S.Trainer(S.procedural_scene(8, 16, 120, 0, "cpu", w), cfg, w)
-    trainer.adopt({k: nn.Parameter(x.double()) for k, x in trainer.model.items()})
-    rows = [(trainer.advance()[0].item(), len(trainer.model["means"])) for _ in range(45)]
-    rows.append((S.evaluate(trainer.model, trainer.data, w, **trainer.look()), 0))
-    torch.save(torch.tensor(rows), f"{out}/{size}_{rank}.pt")
+    """32 steps of four views each, past growth and four prunings, on all ranks and then on pairs of them."""
+    for n in sorted({size, min(2, size)}, reverse=True):
+        if n < size:
+            dist.destroy_process_group()
+            dist.init_process_group("gloo", init_method=f"file://{out}/{rank // n}", rank=rank % n, world_size=n)
+        w = cluster.World(rank % n, n, torch.device("cpu"))
+        cfg = S.Config(mode="train", steps=60, views_per_step=4, max_gaussians=200, device="cpu")
+        trainer = S.Trainer(S.procedural_scene(8, 16, 120), cfg, w)
+        trainer.adopt({k: nn.Parameter(x.double()) for k, x in trainer.model.items()})  # no decision flips
+        rows = [(trainer.advance()[0].item(), len(trainer.model["means"])) for _ in range(32)]
+        rows.append((S.evaluate(trainer.model, trainer.data, w, **trainer.look()), 0))
+        torch.save(torch.tensor(rows), f"{out}/{n}_{rank}.pt")
 
 
 def test_two_and_four_ranks_equal_one_process(tmp_path):
-    found = []
-    for size in (1, 2, 4):
-        (tmp_path / str(size)).mkdir()
-        run_ranks(four_views, size, tmp_path / str(size), str(tmp_path))
-        found += [torch.load(tmp_path / f"{size}_{r}.pt", weights_only=True) for r in range(size)]  # losses, counts
-    assert len(set(found[0][:, 1].tolist())) > 3
+    four_views(0, 1, tmp_path)
+    run_ranks(four_views, 4, tmp_path, str(tmp_path))
+    found = [torch.load(file, weights_only=True) for file in sorted(tmp_path.glob("*.pt"))]  # losses and counts
+    assert len(found) == 9 and len(set(found[0][:, 1].tolist())) > 3
     close(torch.stack(found), found[0].expand(len(found), -1, -1), rtol=1e-3, atol=0)
 
 
 @pytest.mark.drill
 def test_demo_quick_and_bench_of_its_model(tmp_path):
-    two = run_script("speedy_splat.py", "--quick", *FLAGS, "--out", str(tmp_path / "two"), timeout=400)
+    flags = " ".join(cli.spell(*setting) for setting in SMALL.items())
+    two = run_script("speedy_splat.py", "--quick", *flags.split(), "--out", str(tmp_path / "two"), timeout=400)
     assert two.returncode == 0 and "quick: no verdict" in two.stdout, two.stderr
     S.main(S.Config(quick=True, out=str(tmp_path / "one"), **SMALL))
     assert metrics(tmp_path / "two") == metrics(tmp_path / "one")
     done = run_script("speedy_splat.py", "bench", "--device", "cpu", "--out", str(tmp_path / "two"))
-    assert done.returncode == 0 and "accutile" in done.stdout, done.stderr
+    assert done.returncode == 0 and "gsplat: not installed" in done.stdout and "accutile" in done.stdout, done.stderr

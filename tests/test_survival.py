@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, finish, kill, run_script
+from ranks import ROOT, finish, kill, run_script, start_ranks
 from test_house import SCRIPTS
 
 # A small `train` of each script: long enough to be killed in its middle, with several checkpoints on the way.
@@ -223,6 +223,25 @@ def test_a_lost_node_ends_the_job_with_one_line_and_it_resumes(name, tmp_path):
     finally:
         kill([again])
     assert again.returncode == 0 and "going on after step" in said, said
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("name", ["speedy_splat"])
+def test_a_killed_rank_and_the_resumed_pair(name, tmp_path):
+    """kill -9 for one of two ranks at a random step; both start again and end as if nothing had happened."""
+    whole, killed, begin = tmp_path / "whole", tmp_path / "killed", lambda out, *more: start_ranks(
+        2, f"{name}.py", *train(name, out, *more))  # fmt: skip
+    finish(begin(whole))
+    steps = last_step(whole)
+    point, lost = random.randrange(steps // 5, steps // 2), random.randrange(2)
+    print(f"rank {lost} to be killed after step {point} of {steps}")
+    ranks = begin(killed)
+    until(lambda: list(killed.glob("checkpoint*")) and last_step(killed) >= point, ranks[0], f"step {point}")
+    ranks[lost].kill()
+    said = finish(ranks)[1 - lost]
+    assert "lost contact with another rank" in said and last_step(killed) < steps, said
+    assert "going on after step" in finish(begin(killed, "--resume"))[0]
+    assert metrics(killed) == metrics(whole)
 
 
 @pytest.mark.drill
