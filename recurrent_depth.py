@@ -9,7 +9,7 @@ Here     Two claims on running parity. (1) One set of weights gets more right wi
          depth of training. (2) A model that has learned one step solves chains of it when it is made recurrent.
 Differs  - 0.2 M parameters, layers (1, 2, 0), parity in two classes; the papers have 1 to 3.5 B and text.
          - On parity, heads begin by looking at the token before, and the rate falls once the loss is below 0.54.
-         - AdamW; --optimizer atan is the first paper's. The second's Muon is left out. 1-D weights do not decay.
+         - Muon on parity, as in the second paper, AdamW on text, without decay; --optimizer atan is the first's.
          - Claim 2's base is a model of the same shape that was trained at one iteration, not a plain transformer.
 
     python recurrent_depth.py                                            # laptop: both claims, tables, picture
@@ -576,7 +576,7 @@ def start(cfg: Config) -> tuple[RecurrentDepthLM, object, object]:
 @torch.no_grad()
 def look_back(model: RecurrentDepthLM) -> None:
     """Start each head with a preference for the token before, sum_j cos((t - 1 - s) theta_j) / sqrt(D). The paper
-    starts at 0. Then most seeds learn the parity of short rows by counting and ignore the loop."""
+    starts at 0. Then some seeds learn the parity of short rows by counting and ignore the loop."""
     for name, p in model.named_parameters():
         if name.endswith("qk_bias"):  # (2, 1, H, D): queries and keys; pairs (x0, x1), (x2, x3)...
             p[1, ..., 0::2] = 1.0
