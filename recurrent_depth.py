@@ -21,7 +21,7 @@ Differs  - 0.2 M parameters, layers (1, 2, 0), parity in two classes; the papers
     python recurrent_depth.py bench                                      # the cache; on a GPU at the paper's sizes
     torchrun --nproc-per-node 8 recurrent_depth.py train --preset huginn-3.5b --data corpus.npy  # never run
 
-Expect   "(1) parity of 32 bits at r = 1 0.601, 4 0.794, 12 1.000; ... DOES NOT HOLD" on CPU with seed 0: see the page.
+Expect   "(1) parity of 32 bits at r = 1 0.615, 4 0.810, 12 1.000; ... DOES NOT HOLD" on CPU with seed 0: see the page.
 Writes   results/recurrent_depth/: metrics.jsonl, claim.json, recurrent_depth.png; checkpoint.pt, model/, bench.json
 """
 
