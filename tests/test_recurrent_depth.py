@@ -76,8 +76,12 @@ def test_sizes_and_initialisation():
     with torch.device("meta"):
         m = R.RecurrentDepthLM(R.SHAPES["huginn-3.5b"])
     assert sum(p.numel() for p in m.parameters()) == 3_564_976_800
-    m = tiny(n_embd=256, num_attention_heads=4, head_dim=64, num_key_value_heads=4, intermediate_size=512)
+    m = tiny(0, n_embd=256, num_attention_heads=4, head_dim=64, num_key_value_heads=4, tie_embeddings=False)
+    groups = [g for opt in R.optimizers_of(m, SMALL).values() for g in opt.param_groups]
+    rates = {id(p): (g["share"] * SMALL.lr, g["weight_decay"]) for g in groups for p in g["params"]}
     for name, p in m.named_parameters():
+        apart = p.ndim != 2 or name in ("transformer.wte.weight", "lm_head.weight")
+        assert rates[id(p)] == (1.5e-3 if apart else 0.02, 0.0)  # Muon's rate, or that of AdamW beside it
         std = 0.9866 * math.sqrt(2 / (5 * 256)) / (math.sqrt(2 * 10) if name.endswith("proj.weight") else 1)
         assert p.std().item() == pytest.approx(std, rel=0.03) if p.ndim == 2 else (p == ("bias" not in name)).all()
     s = R.initial_state(4, 64, m.shape, cluster.generator(0))
@@ -111,8 +115,7 @@ def test_cached_decoding_equals_the_released_code(model, row):
     close(decode(model, row, [4] * 5), V["cached_r4"][one], 1e-5)
     close(decode(model, row, [6] * 5), V["full_r6"][one], 1e-5)
     for budget in (1, 2, 4):
-        want = V[f"shared_compress-s{4 * budget}"][one]  # the release counts layers
-        close(decode(model, row, [6] * 5, budget), want, 1e-5)
+        close(decode(model, row, [6] * 5, budget), want := V[f"shared_compress-s{4 * budget}"][one], 1e-5)  # in layers
         assert (want[:, 8:] - V["full_r6"][one, 8:]).abs().max() > 1e-3  # sharing changes later tokens
     close(decode(model, row, V["varsteps"].tolist()), V["varsteps_latest-m4"][one], 1e-5)
     close(decode(model, row, V["varsteps"].tolist(), 1), V["varsteps_latest-m4-compress-s4"][one], 1e-5)
@@ -140,8 +143,7 @@ def test_generation_equals_the_released_code(model):
     assert torch.equal(R.speculate(model, prompt, 16, 6, 2, 3), V["gen_spec_d2_l3_r6"][:, :22])
     made = list(R.generate(model, prompt, 16, 24, exit_kl=0.05))
     assert made[0][1] == 24 and 1 < min(r for _, r in made) < 24  # the prompt runs all iterations
-    stop = tokens(6)[3]
-    assert tokens(6, stop=(stop,)) == tokens(6)[: tokens(6).index(stop) + 1]
+    assert tokens(6, stop=(tokens(6)[3],)) == tokens(6)[: tokens(6).index(tokens(6)[3]) + 1]
     for ids, new, steps, why in ((IDS, 4, 4, "one row, got 2"), (prompt, 60, 4, "at most 64"), (prompt, 4, 0, "0 it")):
         with pytest.raises(BadInput, match=why):
             next(R.generate(model, ids, new, steps))
@@ -280,8 +282,7 @@ def test_ranks_match_one_process(tmp_path):
     for size in (1, 2, 4):
         (tmp_path / f"store{size}").mkdir()
         run_ranks(_train, size, tmp_path / f"store{size}", str(tmp_path))
-    one, *more = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2, 4))
-    for a, *others in zip(one, *more, strict=True):
+    for a, *others in zip(*(torch.load(tmp_path / f"{n}.pt") for n in (1, 2, 4)), strict=True):
         for b in others:
             assert all(torch.allclose(torch.as_tensor(a[k]), torch.as_tensor(b[k]), 0, 1e-9) for k in a if k != "run")
 
@@ -319,8 +320,7 @@ def test_no_control_passes_the_verdict():
     all_at = functools.partial(dict.fromkeys, R.DEPTHS)
     ours = {"accuracy": all_at(1.0), "loss": all_at(0.1), "longer": all_at(0.95)}
     marks = dict(zip(R.RUNS, (0, 1, 0.8, 1, 0.7, 1, 0.9), strict=True))
-    found = {name: {"accuracy": all_at(x), "loss": all_at(0.5)} for name, x in marks.items()}
-    found["drawn depth"] = ours
+    found = {name: {"accuracy": all_at(x), "loss": all_at(0.5)} for name, x in marks.items()} | {"drawn depth": ours}
     assert R.judge(found)[0]
     for name, other in (
         ("drawn depth", ours | {"longer": all_at(0.8)}), ("drawn depth", ours | {"accuracy": all_at(0.8)}),
