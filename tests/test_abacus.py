@@ -194,18 +194,17 @@ def test_progressive_loss():
 
 def test_one_pass_equals_decoding():
     """On a model that solves some 1- and 2-digit problems and fails others."""
-    cfg, losses = tiny(n_layer=2, digits=2, steps=200, curriculum=60, max_offset=2, lr=5e-3, batch=64), []
-    model = trained(cfg, lambda **line: losses.append(line["loss"]))
-    assert losses[-1] < 0.6 * losses[0]
+    small = {"n_layer": 2, "recurrences": 1, "ff": 32}
+    model = trained(tiny(**small, digits=2, steps=140, curriculum=30, max_offset=1, lr=5e-3, batch=64))
     mixed = 0
     for cell in ((1, 1), (1, 2), (2, 2), (2, 1), (3, 2)):
-        texts = A.trials("add", *cell, 100)
+        texts = A.trials("add", *cell, 50)
         prompts = torch.stack([A.encode(t[: t.index("=") + 1]) for t in texts])
         said = A.generate(model, prompts, 6)
         by_token = [A.decode(r) == t.split("=")[1] and A.EOS in r for r, t in zip(said, texts, strict=True)]
         assert A.correct(model, texts).tolist() == by_token
-        assert A.exact_match(model, *cell, 100) == sum(by_token) / 100 == A.exact_match(model.train(), *cell, 100)
-        mixed += 5 < sum(by_token) < 95
+        assert A.exact_match(model, *cell, 50) == sum(by_token) / 50 == A.exact_match(model.train(), *cell, 50)
+        mixed += 5 < sum(by_token) < 45
     assert mixed >= 2  # else the test above says little
 
 
@@ -232,23 +231,33 @@ CASES = [{}, {"pos": "abacus+fire"}, {"loss": "progressive", "injection": "none"
 def _steps(rank, size, out):
     torch.set_default_dtype(torch.float64)
     w, found = cluster.World(rank, size, torch.device("cpu")), []
-    for over in CASES:
-        run = SimpleNamespace(line={}, log=lambda **line: found.append(float(line["loss"])))
-        found.append(A.train_model(tiny(digits=6, recurrences=4, clip=0.1, steps=3, log_every=1, **over), w, run, ""))
-        found[-1] = found[-1].state_dict()
+    run = SimpleNamespace(line={}, log=lambda **line: found.append(float(line["loss"])))
+    for over in CASES:  # --clip is between the norms of these steps, so the scale of a gradient matters
+        cfg = tiny(digits=5, batch=16, ff=16, recurrences=3, clip=2.4, steps=3, log_every=1, **over)
+        found.append(A.train_model(cfg, w, run, "").state_dict())
     torch.set_default_dtype(torch.float32)
     if rank == 0:
         torch.save(found, f"{out}/{size}.pt")
+    # the demo with all its rows, of 3 digits each and with few sums, so that its tables are small
+    A.RUNS[A.FAR] = (A.RUNS[A.FAR][0] | {"digits": 3, "max_offset": 9}, *A.RUNS[A.FAR][1:])
+    A.trials = lambda task, i, j, n, seed, all=A.trials: all(task, i, j, 8, seed)
+    A.demo(A.Config(d_model=64, ff=8, n_layer=1, batch=8, steps=4, log_every=1, out=f"{out}/{size}"), w)
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.drill)])
-def test_ranks_equal_one_process(size, tmp_path):
+def test_ranks_equal_one_process_and_share_the_demo(size, tmp_path, monkeypatch):
+    monkeypatch.setattr(A, "RUNS", dict(A.RUNS))
+    monkeypatch.setattr(A, "trials", A.trials)
     with cluster.world("cpu"):
         _steps(0, 1, tmp_path)
     run_ranks(_steps, size, tmp_path, str(tmp_path))
     one, other = (torch.load(tmp_path / f"{n}.pt") for n in (1, size))
     assert len(one) == 4 * len(CASES)  # three losses and the weights of each
     torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-8)  # Adam divides by tiny roots
+    lines = [[json.loads(x) for x in (tmp_path / f"{n}/metrics.jsonl").read_text().splitlines()] for n in (1, size)]
+    one, other = ([{k: v for k, v in x.items() if k not in ("config", "world", "CPU s")} for x in y] for y in lines)
+    assert one == other and [part[0]["world"] for part in lines] == [1, size]
+    assert {line.get("measured") for line in one} >= set(A.RUNS)
 
 
 SMALL = "--d-model 64 --n-layer 1 --digits 2 --max-offset 3 --batch 16 --steps 60 --curriculum 20 --device cpu".split()
@@ -292,23 +301,14 @@ def test_the_verdict_falls_with_each_bar():
         assert not A.judge(GOOD | {name: GOOD["NoPE"]})[0]
 
 
-@pytest.mark.parametrize("bare", [False, pytest.param(True, marks=pytest.mark.drill)])
-def test_demo_writes_the_same_on_any_number_of_ranks(bare, tmp_path, capsys):
-    argv = "--d-model 64 --n-layer 1 --batch 8 --steps 4 --log-every 1 --device cpu --out".split()
-    A.main(parse(A.Config, [*argv, str(tmp_path / "1")], A.PRESETS))
-    if bare:  # starts itself again as two processes
-        said = run_script("abacus.py", *argv, str(tmp_path / "2")).stdout
-    else:
-        said = [p.communicate(timeout=200)[0] for p in start_ranks(2, "abacus.py", *argv, str(tmp_path / "2"))][0]
-    assert capsys.readouterr().out.splitlines()[-1] == said.splitlines()[-1] and said.endswith("DOES NOT HOLD\n")
-    lines = [[json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in "12"]
-    one, two = ([{k: v for k, v in x.items() if k not in ("config", "world", "CPU s")} for x in part] for part in lines)
-    assert one == two and [part[0]["world"] for part in lines] == [1, 2]
-    assert {line.get("measured") for line in one} >= set(A.RUNS)
+@pytest.mark.drill
+def test_the_bare_demo_starts_two_processes(tmp_path):
+    argv = "--d-model 64 --ff 8 --n-layer 1 --batch 8 --steps 4 --device cpu --out".split()
+    assert run_script("abacus.py", *argv, str(tmp_path)).stdout.endswith("DOES NOT HOLD\n")
+    assert '"world": 2' in (tmp_path / "metrics.jsonl").read_text()
 
 
-ids = torch.zeros(2, 5, dtype=torch.long)
-table = A.AbacusEmbedding(A.DIGITS, 4, 32, 100)
+ids, table = torch.zeros(2, 5, dtype=torch.long), A.AbacusEmbedding(A.DIGITS, 4, 32, 100)
 
 
 BAD = [
