@@ -511,7 +511,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
         c = replace(cfg, **changes | {"steps": round(cfg.steps * factor), "exposures": round(cfg.exposures * factor)})
         found[name] = measure(c, text, train_model(c, text, w, run, name, **batches))
         run.log(measured=name, **found[name])
-        w.print(f"{name}: recites {found[name]['recited']:.2f} of the canaries")
+        w.print(f"{name}: recites {found[name]['recited']:.2f} of the texts")
     head = [key for key in found["k=4"] if key != "survival"]
     cells = [[name, *("-" if f[key] is None else f"{f[key]:.2f}" for key in head)] for name, f in found.items()]
     w.print("\n" + report.table(["run", *head], cells) + "\n")
@@ -542,7 +542,7 @@ def train(cfg: Config, w: cluster.World) -> None:
     text, run, path = Text(cfg), report.Run(cfg.out, cfg, w), f"{cfg.out}/checkpoint.pt"
     found = measure(cfg, text, train_model(cfg, text, w, run, "train", path))
     run.log(measured="train", **found)
-    w.print(f"recites {found['recited']:.2f} of the canaries, validation loss {found['val loss']:.3f}")
+    w.print(f"recites {found['recited']:.2f} of the texts, validation loss {found['val loss']:.3f}")
 
 
 def windows(cfg: Config, name: str) -> Tensor:
