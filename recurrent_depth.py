@@ -21,7 +21,7 @@ Differs  - 0.2 M parameters, layers (1, 2, 0), parity in two classes; the papers
     python recurrent_depth.py bench                                      # the cache; on a GPU at the paper's sizes
     torchrun --nproc-per-node 8 recurrent_depth.py train --preset huginn-3.5b --data corpus.npy  # never run
 
-Expect   "parity 0.615 at 1 iteration, 1.000 at 12, made recurrent 0.996 ... DOES NOT HOLD" on CPU, seed 0: see the page.
+Expect   "parity 0.615 at 1 iteration, 1.000 at 12, made recurrent 0.996 ... DOES NOT HOLD" on CPU, seed 0; see the page
 Writes   results/recurrent_depth/: metrics.jsonl, claim.json, recurrent_depth.png; checkpoint.pt, model/, bench.json
 """
 

@@ -25,7 +25,7 @@ MODES = {"demo", "train", "eval", "bench", "audit", "generate", "plan", "derive"
          "analyze", "inspect"}  # fmt: skip
 BUDGET = {
     "goldfish.py": 650, "abacus.py": 650, "slimadam.py": 800, "recurrent_depth.py": 850, "topk_attention.py": 850,
-    "speedy_splat.py": 900, "axonn.py": 970, "common": 650, "common/kernels": 650, "README.md": 100,
+    "speedy_splat.py": 900, "axonn.py": 970, "common": 650, "common/kernels": 650, "README.md": 78,
 }  # fmt: skip
 WAITING = {"common": 881}  # over its budget of 650: the lines it has now
 NEW = [name for name in SCRIPTS if f"{name}.py" not in WAITING]
@@ -68,7 +68,8 @@ def parses(name: str, argv: list[str]) -> None:
 
 def lines(path) -> int:
     """Lines of a file, or of the Python files of a folder."""
-    return sum(len(p.read_text().splitlines()) for p in (path.glob("*.py") if path.is_dir() else [path]))
+    have = sum(len(p.read_text().splitlines()) for p in (path.glob("*.py") if path.is_dir() else [path]))
+    return have - len(claims.rows()) if path.name == "README.md" else have  # a new paper's row costs nothing
 
 
 def test_budgets():

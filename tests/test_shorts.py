@@ -27,7 +27,7 @@ ALLOWED = {"torch", "numpy", "einops", "tqdm", "common"} | set(sys.stdlib_module
 
 def faults(name: str, text: str) -> list[str]:
     """What the source of shorts/NAME.py lacks, each with what to write; empty if nothing."""
-    tree, found, total = ast.parse(text), [], len(text.splitlines())
+    tree, found, total = ast.parse(text, f"shorts/{name}.py"), [], len(text.splitlines())
     doc = ast.get_docstring(tree, clean=False) or ""
     for label, what in LABELS.items():
         if not re.search(rf"^{label} {{2,}}\S", doc, re.M):
@@ -59,7 +59,8 @@ def faults(name: str, text: str) -> list[str]:
 
 
 def report(name: str, found: list[str]) -> None:
-    assert not found, f"\n\nshorts/{name}.py:\n" + "\n".join(f"  - {line}" for line in found) + "\n"
+    if found:
+        pytest.fail(f"shorts/{name}.py:\n" + "\n".join(f"  - {line}" for line in found), pytrace=False)
 
 
 @pytest.mark.parametrize("name", SHORTS)
@@ -103,6 +104,8 @@ def test_quick_runs_from_any_folder(name, quick_runs):
         report(name, ["--quick took over 30 processor seconds. Take fewer steps; 15 seconds are the limit."])
     if done.returncode:
         report(name, [f"--quick ended with status {done.returncode}:\n{done.stdout}{done.stderr}"])
+    if not done.stdout:
+        report(name, ["--quick prints nothing. End the file with if __name__ == '__main__': cli.run(main, Config)."])
     if done.stdout.splitlines()[-1:] != ["quick: no verdict"]:
         found.append("--quick does not end with 'quick: no verdict'. Write: if cfg.quick: return w.print(...).")
     written = {path.name for path in folder.glob("*")}
