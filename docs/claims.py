@@ -41,8 +41,9 @@ def run(file: str, out: Path, limit: float, *argv: str) -> str:
     """One demo in a process group of its own, its output in OUT/demo.log. Returns what went wrong, or ""."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "demo.log", "w") as log:
-        command = [sys.executable, str(ROOT / file), *argv]
-        demo = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        command, env = [sys.executable, str(ROOT / file), *argv], {"OMP_NUM_THREADS": "1", **os.environ}
+        how = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+        demo = subprocess.Popen(command, cwd=ROOT, env=env, **how)  # one thread, as all times on the pages
         try:
             code = demo.wait(limit)
         except subprocess.TimeoutExpired:
