@@ -909,7 +909,7 @@ def draw(times: dict, figure, axes) -> None:
     for d, point in times.items():
         axes.plot(*point, "o", color="C0")
         axes.annotate(show(d), point, xytext=(4, 4), textcoords="offset points")
-    axes.set(xlabel="predicted communication, ms", ylabel="measured step, ms", xmargin=0.2)
+    axes.set(xlabel="predicted communication, ms", ylabel="measured step, ms", xmargin=0.2, ymargin=0.15)
 
 
 # %% bench, main
