@@ -592,8 +592,7 @@ def test_rope_types():
     {"rope_parameters": {"partial_rotary_factor": 0.5}},
 ], ids=str)  # fmt: skip
 def test_settings_that_we_would_ignore_are_refused(change, tmp_path):
-    from safetensors.torch import save_file
-
+    save_file = pytest.importorskip("safetensors.torch").save_file
     from common.weights import open_weights
 
     plain = {"model_type": "mistral", "hidden_size": 8, "num_attention_heads": 2, "max_position_embeddings": 32768}
