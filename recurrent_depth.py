@@ -602,15 +602,15 @@ def alarms(before: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def optimizers_of(model: RecurrentDepthLM, cfg: Config) -> dict[str, torch.optim.Optimizer]:
-    """AdamW or AtanAdam; or Muon for the layers' matrices, whose updates it makes nearly orthogonal, and AdamW for the
-    rest, as in arXiv:2511.07384. A group's rate is its share of --lr."""
-    muon, decay = cfg.optimizer == "muon", 4e-5 if cfg.optimizer == "atan" else 0.0
-    inner = lambda name, p: muon and p.ndim == 2 and not name.endswith(("wte.weight", "head.weight"))
-    those = lambda i: [p for name, p in model.named_parameters() if (2 if inner(name, p) else p.ndim > 1) == i]
-    share, decays = 1.5e-3 / cfg.lr if muon else 1.0, (0.0, decay, 0.0)  # vectors, other matrices, Muon's matrices
-    kinds = [{"params": those(i), "weight_decay": decays[i], "share": (share, share, 1.0)[i]} for i in range(3)]
-    rest = (AtanAdam if cfg.optimizer == "atan" else torch.optim.AdamW)(kinds[:2], cfg.lr, (0.9, 0.95))
-    return {"optimizer": rest} | ({"muon": torch.optim.Muon(kinds[2:], cfg.lr)} if muon else {})
+    """AdamW or AtanAdam at --lr; or Muon at --lr for the layers' matrices, whose updates it makes nearly orthogonal,
+    and AdamW for the rest, as in arXiv:2511.07384."""
+    muon, paper, vectors, others, layers = cfg.optimizer == "muon", cfg.optimizer == "atan", [], [], []
+    for name, p in model.named_parameters():
+        inner = muon and p.ndim == 2 and not name.endswith(("wte.weight", "head.weight"))
+        (layers if inner else others if p.ndim > 1 else vectors).append(p)
+    groups, lr = [{"params": vectors, "weight_decay": 0.0}, {"params": others}], 1.5e-3 if muon else cfg.lr
+    rest = (AtanAdam if paper else torch.optim.AdamW)(groups, lr, (0.9, 0.95), weight_decay=4e-5 if paper else 0.0)
+    return {"optimizer": rest} | ({"muon": torch.optim.Muon(layers, cfg.lr, weight_decay=0.0)} if muon else {})
 
 
 def train_model(cfg: Config, w: cluster.World, run, model, data, what="train", path="", kind="", alone=False):
@@ -649,7 +649,7 @@ def train_model(cfg: Config, w: cluster.World, run, model, data, what="train", p
         norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0 if paper else 0.5)
         for optimizer in optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = group["share"] * cfg.lr * min(1.0, (step + 1) / warm) * (1 if paper else fall)
+                group["lr"] = optimizer.defaults["lr"] * min(1.0, (step + 1) / warm) * (1 if paper else fall)
             optimizer.step()
         model.zero_grad(set_to_none=True)
         if (step + 1) % cfg.log_every == 0 or step + 1 == cfg.steps:

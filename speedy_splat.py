@@ -878,7 +878,7 @@ def bench(cfg: Config, w: cluster.World) -> None:
         gsplat_frame(model, cameras[0], cfg.tile)
         draws["gsplat"] = partial(gsplat_frame, tile=cfg.tile)
     except (ImportError, AttributeError, RuntimeError) as e:
-        w.print(f"gsplat: not installed, or not for this device ({str(e).splitlines()[0]})")
+        w.print(f"gsplat: not installed, or not for this device ({e!r:.99})")
     frames, count = lambda draw: lambda: [draw(model, c) for c in cameras], pairs(model, cameras, cfg.tile)
     seconds = report.timed({name: frames(draw) for name, draw in draws.items()}, w.device, repeats=5, warmup=1)
     rows = [[name, count.get(name, ""), *(1e3 * t / n for t in times), seconds["vanilla"][0] / times[0]]

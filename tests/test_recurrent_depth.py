@@ -78,7 +78,7 @@ def test_sizes_and_initialisation():
     assert sum(p.numel() for p in m.parameters()) == 3_564_976_800
     m = tiny(0, n_embd=256, num_attention_heads=4, head_dim=64, num_key_value_heads=4, tie_embeddings=False)
     groups = [g for opt in R.optimizers_of(m, SMALL).values() for g in opt.param_groups]
-    rates = {id(p): (g["share"] * SMALL.lr, g["weight_decay"]) for g in groups for p in g["params"]}
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     for name, p in m.named_parameters():
         apart = p.ndim != 2 or name in ("transformer.wte.weight", "lm_head.weight")
         assert rates[id(p)] == (1.5e-3 if apart else 0.02, 0.0)  # Muon's rate, or that of AdamW beside it
