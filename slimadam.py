@@ -600,7 +600,7 @@ def train(cfg: Config, w: cluster.World, rules=None, seen: dict | None = None) -
             loss = loss + part.detach()
         run.line = {"loss": loss / w.size, "lr": advance(cfg, model, optimizer, cfg.lr, step, seen)}
         model.zero_grad(set_to_none=True)
-    run.log(step=cfg.steps, val_loss=(found := validate(net, text, w.device)))
+    run.log(measured=cfg.mode, val_loss=(found := validate(net, text, w.device)))
     w.print(f"validation loss {found:.4f} after {cfg.steps} steps")
     return optimizer
 

@@ -38,7 +38,8 @@ def parse(config: type, argv: list[str] | None = None, presets: dict[str, dict] 
     owners = {}  # flag -> the modes that read it
     for f in fields(config):
         kind, default = type(f.default), f.default
-        help = f.metadata["help"].replace("%", "%%") + " (default: %(default)s)"
+        shown, modes = " ".join(map(str, default)) if kind is tuple else str(default), ", ".join(f.metadata["modes"])
+        help = f.metadata["help"] + f" [{modes}]" * bool(modes) + f" (default: {shown})" * bool(shown)
         flag = "--" + f.name.replace("_", "-")
         if f.metadata["positional"]:
             flag, how = f.name, {"nargs": "?", "choices": f.metadata["choices"]}
@@ -48,7 +49,7 @@ def parse(config: type, argv: list[str] | None = None, presets: dict[str, dict] 
             how = {"nargs": "+", "type": type(default[0])}  # --mesh 2 2
         else:
             how = {"type": kind, "choices": f.metadata["choices"]}
-        action = parser.add_argument(flag, default=default, help=help, **how)
+        action = parser.add_argument(flag, default=default, help=help.replace("%", "%%"), **how)
         owners |= dict.fromkeys(action.option_strings, f.metadata["modes"])
     given = [word.split("=")[0] for word in argv if re.match("--?[a-z]", word) and word not in ("-h", "--help")]
     for flag in given:
@@ -78,7 +79,7 @@ def run(main, config: type, presets: dict[str, dict] | None = None) -> None:
         if isinstance(e, RuntimeError):
             if "gloo/transport" not in str(e) and type(e).__module__ != "torch.distributed":
                 raise
-            e = f"lost contact with another rank ({str(e).splitlines()[0]}). Start again, with --resume to go on."
-        where = f"rank {os.environ['RANK']}: " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+            e = f"lost contact with another rank ({str(e).splitlines()[0]}). Start again; --resume uses a checkpoint."
+        where = f"rank {os.environ['RANK']}: " if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""
         print(f"{os.path.basename(sys.argv[0])}: error: {where}{e}", file=sys.stderr, flush=True)  # whichever rank
         sys.exit(2)

@@ -47,17 +47,20 @@ class World:
 @contextmanager
 def world(device: str = "auto") -> Iterator[World]:
     """Join torchrun's group, or make a group of one; device is auto, cpu or cuda. BadInput: too few GPUs here."""
-    rank, size, local = (int(os.environ.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+    set_by = os.environ if "RANK" in os.environ else {}  # torchrun sets all three
+    rank, size, local = (int(set_by.get(n, d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if not set_by and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         print("warning: srun started several lone runs of this script; start it by torchrun", file=sys.stderr)
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     gpus = torch.cuda.device_count()
     if cuda and local >= gpus:
-        raise BadInput(f"local rank {local} has no GPU of {gpus} here. Lower --nproc-per-node or pass --device cpu.")
+        raise BadInput(
+            f"local rank {local} needs a GPU, and here are {gpus}. Lower --nproc-per-node or pass --device cpu."
+        )
     dev = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(dev)
-    meet = {} if "RANK" in os.environ else {"store": dist.HashStore()}  # alone: in memory, no port to clash on
+    meet = {} if set_by else {"store": dist.HashStore()}  # alone: in memory, no port to clash on
     where = {"device_id": dev} if cuda else {}
     dist.init_process_group("nccl" if cuda else "gloo", rank=rank, world_size=size, **where, **meet)
     done = False
@@ -188,8 +191,8 @@ def _file_fault(path: Path) -> str:
         with zipfile.ZipFile(path) as z:  # torch.load does not verify every byte; the archive's checksums do
             if bad := z.testzip():
                 return f"record {bad} has another checksum"
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return ""
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return "" if isinstance(state, dict) else f"it holds a {type(state).__name__}: no checkpoint of these scripts"
     except pickle.UnpicklingError:
         return "it holds more than tensors and numbers: no checkpoint of these scripts"
     except (zipfile.BadZipFile, EOFError, zlib.error, RuntimeError, ValueError, OSError) as e:
@@ -200,11 +203,7 @@ def _file_fault(path: Path) -> str:
 
 def load(path: str | Path) -> dict:
     """The state written by save(), on the CPU, mapped from the file. Errors and fallback as newest()."""
-    path = newest(path, _file_fault)
-    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(state, dict):
-        raise BadInput(f"{path} holds a {type(state).__name__}: no checkpoint of these scripts.")
-    return state
+    return torch.load(newest(path, _file_fault), map_location="cpu", weights_only=True, mmap=True)
 
 
 # %% sharded checkpoints: a folder of torch.distributed.checkpoint, our facts.json and checksums.json

@@ -38,7 +38,7 @@ def write_json(path: str | Path, value) -> None:
     os.replace(f"{path}.tmp", path)
 
 
-def _lines(path: Path) -> list[dict]:
+def lines(path: Path) -> list[dict]:
     """The complete lines of a metrics file; a killed run may have left half of one at its end."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("}\n")]
@@ -50,26 +50,24 @@ class Run:
     metrics.jsonl is the newest run's; the one that stood there becomes metrics.MODE.jsonl. Only rank 0 touches files.
     """
 
-    def __init__(self, out: str | Path, cfg, w: World, step: int = 0):
+    def __init__(self, out: str | Path, cfg, w: World):
         self.out, self.w, self.start, self.line = Path(out), w, time.perf_counter(), {}
         self.path, self.mode = self.out / "metrics.jsonl", asdict(cfg).get("mode", "demo")
         if w.main:
             if self.out.is_file():
                 raise BadInput(f"--out {out} is a file. Pass the name of a folder.")
             self.out.mkdir(parents=True, exist_ok=True)
-            if len(old := _lines(self.path)) > 1:  # a run that ended before its first line replaces nothing
+            if len(old := lines(self.path)) > 1:  # a run that ended before its first line replaces nothing
                 os.replace(self.path, self.path.with_suffix(f".{old[0].get('config', {}).get('mode', 'demo')}.jsonl"))
             head = {"config": asdict(cfg), "world": w.size, "torch": torch.__version__, "revision": revision()}
             self.path.write_text(json.dumps(head) + "\n")
-        if step:
-            self.go_on(step)
 
     def go_on(self, step: int) -> None:
-        """Take up the lines of the run that is resumed, up to `step`; its checkpoint does not hold what came after."""
+        """Take up the lines of the run that is resumed, up to that of `step`: what came after is done again."""
         before = self.path.with_suffix(f".{self.mode}.jsonl")
-        if self.w.main and (lines := _lines(before)):
-            kept = [lines[0], *(x for x in lines[1:] if x.get("step", 0) <= step)]
-            before.write_text("".join(json.dumps(x) + "\n" for x in kept))
+        if self.w.main and step and (old := lines(before)):
+            last = max((i for i, x in enumerate(old) if x.get("step", step + 1) <= step), default=0)
+            before.write_text("".join(json.dumps(x) + "\n" for x in lines(self.path)[:1] + old[1 : last + 1]))
             os.replace(before, self.path)
 
     def log(self, **values) -> None:

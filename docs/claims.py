@@ -48,10 +48,14 @@ def run(file: str, out: Path, limit: float, *argv: str) -> str:
             code = demo.wait(limit)
         except subprocess.TimeoutExpired:
             return f"not ready after {limit:.0f} s; raise --limit"
-        finally:  # also at Ctrl-C: the demo and the processes that it started
+        finally:  # also at Ctrl-C; a demo that is asked ends the ranks that it started, one that is killed does not
             if demo.poll() is None:
-                os.killpg(demo.pid, signal.SIGKILL)
-                demo.wait()
+                os.killpg(demo.pid, signal.SIGTERM)
+                try:
+                    demo.wait(40)
+                except subprocess.TimeoutExpired:
+                    os.killpg(demo.pid, signal.SIGKILL)
+                    demo.wait()
     last = (out / "demo.log").read_text().strip().splitlines()[-1:] or ["no output"]
     return f"exit status {code}: {last[0]}" if code else ""
 
