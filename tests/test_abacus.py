@@ -1,7 +1,6 @@
 """abacus.py: positions and data against vectors and Python's integers, the model, ranks, resume, verdict, bad input."""
 
 import json
-import operator
 import random
 import signal
 import time
@@ -18,10 +17,7 @@ from common import cluster
 from common.cli import BadInput, parse
 
 DATA = Path(__file__).parent / "data"
-
-
-def g(seed=0):
-    return torch.Generator().manual_seed(seed)
+g = lambda seed=0: torch.Generator().manual_seed(seed)
 
 
 def tiny(**settings) -> A.Config:
@@ -43,7 +39,6 @@ def test_positions_equal_the_published(case):
 def test_positions_by_hand():
     ids = A.encode("12+345=")[None]
     assert A.digit_positions(ids, A.DIGITS).tolist() == [[1, 2, 0, 1, 2, 3, 0]]
-    assert A.digit_positions(ids, A.DIGITS, 38).tolist() == [[38, 39, 0, 38, 39, 40, 0]]
     both = A.digit_positions(ids.repeat(2, 1), A.DIGITS, torch.tensor([[1], [5]]))
     assert both.tolist() == [[1, 2, 0, 1, 2, 3, 0], [5, 6, 0, 5, 6, 7, 0]]
     for shape in ((0, 5), (3, 0), (0, 0)):
@@ -59,8 +54,7 @@ def test_embedding_draws_offsets_in_training_alone():
     assert torch.equal(drawn, rows(m(ids, generator=g(1)))) and not torch.equal(drawn, rows(m(ids, generator=g(2))))
     assert set(drawn[:, 0].tolist()) == set(range(1, 31))
     assert torch.equal(drawn[:, 0], drawn[:, 3]) and torch.equal(drawn[:, 0] + 1, drawn[:, 1])  # one shift an example
-    assert not drawn[:, [2, 4]].any()
-    assert rows(m.eval()(ids)).unique(dim=0).tolist() == [[1, 2, 0, 1, 0]]
+    assert not drawn[:, [2, 4]].any() and rows(m.eval()(ids)).unique(dim=0).tolist() == [[1, 2, 0, 1, 0]]
 
 
 def test_fire_equals_the_published():
@@ -87,7 +81,7 @@ def test_formats_equal_the_published():
 
 
 def test_problems_against_python():
-    r, ops = random.Random(0), {"add": ("+", operator.add), "sub": ("-", operator.sub), "mul": ("x", operator.mul)}
+    r, ops = random.Random(0), {"add": ("+", int.__add__), "sub": ("-", int.__sub__), "mul": ("x", int.__mul__)}
     for n in range(900):
         task, i, j = "add sub mul".split()[n % 3], r.randint(1, 33), r.randint(1, 33)
         question, answer = A.problem(task, i, j, r).split("=")
@@ -120,8 +114,9 @@ def test_curriculum():
     for step, digits, offset in ((0, 1, 1), (30, 4, 13), (70, 8, 30), (500, 8, 30)):
         parts = A.batches(cfg, step)
         operands = [a for p in parts for r in p.ids for a in A.decode(r).split("=")[0].split("+")]
-        assert max(map(len, operands)) == digits
-        assert offset - 3 <= max(int(p.offset.max()) for p in parts) <= offset
+        offsets = torch.cat([p.offset for p in parts]).double()
+        assert max(map(len, operands)) == digits and offset - 3 <= offsets.max() <= offset
+        assert offset == 1 or 0.15 < (offsets == 1).double().mean() < 0.42  # as in testing
 
 
 def test_parameter_counts_of_the_paper():
@@ -147,7 +142,6 @@ def test_loop_and_injection(injection, norm):
             x = layer(x)
     torch.testing.assert_close(model(ids, offset=1), model.decoder(model.out(x)))
     torch.testing.assert_close(model(ids, 2, 1, 1), model(ids, 3, 0, 1))
-    assert not torch.allclose(model(ids, 1, 0, 1), model(ids, 3, 0, 1))
     model(ids, 1, 2, 1).sum().backward()  # only the last round has gradients
     some = model.layers[1].qkv.weight.grad.clone()
     model.zero_grad()
@@ -218,13 +212,13 @@ def test_a_missing_end_is_wrong():
 @pytest.mark.parametrize("task", ["sub", "mul", "or", "sort"])
 def test_other_tasks_learn(task):
     lines = []
-    cfg = tiny(task=task, digits=2, steps=40, max_offset=3, lr=5e-3, log_every=1, lengths=(2,))
+    cfg = tiny(task=task, digits=2, steps=40, max_offset=3, log_every=1, lengths=(2,))
     model = trained(cfg, lambda **line: lines.append(line["loss"]))
     assert sum(lines[-3:]) < 0.8 * sum(lines[:3])
     assert A.examine(model, cfg, 2).keys() == {"1..2", "2+2", "grid"}
 
 
-CASES = [{}, {"pos": "abacus+fire"}, {"loss": "progressive", "injection": "none"},
+CASES = [{}, {"pos": "abacus+fire", "optimizer": "adamw"}, {"loss": "progressive", "injection": "none"},
          {"loss": "progressive", "injection": "recurrence", "norm": "post"}]  # fmt: skip
 
 
@@ -232,9 +226,13 @@ def _steps(rank, size, out):
     torch.set_default_dtype(torch.float64)
     w, found = cluster.World(rank, size, torch.device("cpu")), []
     run = SimpleNamespace(line={}, log=lambda **line: found.append(float(line["loss"])))
-    for over in CASES:  # --clip is between the norms of these steps, so the scale of a gradient matters
-        cfg = tiny(digits=5, batch=16, ff=16, recurrences=3, clip=2.4, steps=3, log_every=1, **over)
+    for over in CASES:
+        cfg = tiny(digits=5, batch=16, ff=16, recurrences=3, steps=3, log_every=1, **over)
         found.append(A.train_model(cfg, w, run, "").state_dict())
+        model = A.ArithmeticTransformer(cfg)  # clipped steps do not show the scale of a gradient
+        ddp = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if size > 1 else model
+        A.gradients(cfg, ddp, A.batches(cfg, 0, rank, size), 0, size)
+        found.append({n: 0 * p if p.grad is None else p.grad for n, p in model.named_parameters()})
     torch.set_default_dtype(torch.float32)
     if rank == 0:
         torch.save(found, f"{out}/{size}.pt")
@@ -252,7 +250,7 @@ def test_ranks_equal_one_process_and_share_the_demo(size, tmp_path, monkeypatch)
         _steps(0, 1, tmp_path)
     run_ranks(_steps, size, tmp_path, str(tmp_path))
     one, other = (torch.load(tmp_path / f"{n}.pt") for n in (1, size))
-    assert len(one) == 4 * len(CASES)  # three losses and the weights of each
+    assert len(one) == 5 * len(CASES)  # three losses, the weights and the gradients of each
     torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-8)  # Adam divides by tiny roots
     lines = [[json.loads(x) for x in (tmp_path / f"{n}/metrics.jsonl").read_text().splitlines()] for n in (1, size)]
     one, other = ([{k: v for k, v in x.items() if k not in ("config", "world", "CPU s")} for x in y] for y in lines)
@@ -278,7 +276,7 @@ def test_kill_and_resume_then_eval(tmp_path, capsys):
     assert whole == cut
     a, b = (cluster.load(tmp_path / d / "checkpoint.pt")["model"] for d in ("whole", "cut"))
     assert all(torch.equal(p, b[n]) for n, p in a.items())
-    with pytest.raises(BadInput, match="trained with --lr 0.003, this run asks for --lr 0.5"):
+    with pytest.raises(BadInput, match="trained with --lr 0.015, this run asks for --lr 0.5"):
         run("train", "cut", *SMALL, "--resume", "--lr", "0.5")
     run("eval", "cut", "--problem", "97+8", "--lengths", "1", "2", "--device", "cpu")
     assert "\n79+8=" in capsys.readouterr().out
@@ -309,8 +307,6 @@ def test_the_bare_demo_starts_two_processes(tmp_path):
 
 
 ids, table = torch.zeros(2, 5, dtype=torch.long), A.AbacusEmbedding(A.DIGITS, 4, 32, 100)
-
-
 BAD = [
     (lambda: A.digit_positions(ids[0], A.DIGITS), r"\(batch, time\), got torch.int64 \(5,\)"),
     (lambda: A.digit_positions(ids.float(), A.DIGITS), "integer token ids.*float32"),
@@ -321,7 +317,6 @@ BAD = [
     (lambda: A.answer_targets(torch.stack([A.encode("1+1=2"), A.encode("1+1+2")])), "row 1 has 0 '='"),
     (lambda: tiny(pos="abakus"), "abakus: choose from abacus, nope, fire, rope"),
     (lambda: tiny(digits=490), "need place 520, the table ends at 511"),
-    (lambda: tiny(lengths=(8, 600)), "need place 601"),
     (lambda: tiny(task="sort", digits=60), "sort has labels for 51 elements"),
     (lambda: tiny(batch=10), "--batch 10 does not divide into 4 parts by length"),
 ]
@@ -332,7 +327,6 @@ def test_bad_input():
         with pytest.raises(ValueError, match=message):
             call()
     assert table(torch.full((1, 31), 7), offset=1).shape == (1, 31, 4)  # row 31 is the last
-    assert table(torch.full((1, 60), 14), offset=100).shape == (1, 60, 4)  # no digits: nothing outgrows it
     assert tiny(digits=480, lengths=(510,)) and tiny(pos="nope", lengths=(900,))  # only Abacus has a table
 
 
@@ -344,7 +338,11 @@ def test_flags_that_a_mode_does_not_read(capsys):
         assert stop.value.code == 2 and flag in capsys.readouterr().err
 
 
-def test_clip_zero_is_no_limit():
-    free, loose, tight = (trained(tiny(steps=2, clip=clip)).state_dict() for clip in (0.0, 1e9, 1e-3))
-    assert all(torch.equal(p, loose[n]) for n, p in free.items())
-    assert not torch.equal(free["decoder.weight"], tight["decoder.weight"])
+def test_muon_has_the_matrices_of_the_layers():
+    model = A.ArithmeticTransformer(tiny(pos="abacus+fire"))
+    both, names = A.optimizers_of(model, tiny(lr=0.5)), {p: name for name, p in model.named_parameters()}
+    matrices, rest = ([names[p] for p in both[n].param_groups[0]["params"]] for n in ("muon", "optimizer"))
+    assert matrices == [f"layers.0.{part}.weight" for part in ("qkv", "out", "glu.up", "glu.down")]
+    assert sorted(matrices + rest) == sorted(names.values())
+    assert [both[n].defaults["lr"] for n in ("muon", "optimizer")] == [0.5, 0.1]
+    assert A.optimizers_of(model, tiny(lr=0.5, optimizer="adamw"))["optimizer"].defaults["lr"] == 0.5
