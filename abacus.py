@@ -22,7 +22,7 @@ Differs  - A model of 0.3 M parameters with LayerNorm before each part; --norm p
     python abacus.py bench                                      # speed of a step, of decoding, of making problems
     torchrun --nproc-per-node 8 abacus.py train --preset paper  # the paper's sizes; never run
 
-Expect   "10+10 0.99, 12+12 0.93; ... 4+4 Abacus 0.59, Abacus + FIRE 0.86, NoPE 0.03, FIRE 0.16" on CPU with seed 0.
+Expect   "10+10 0.99, 12+12 0.94; ... 4+4 Abacus 0.86, Abacus + FIRE 0.88, NoPE 0.03, FIRE 0.04" on CPU with seed 0.
 Writes   results/abacus/: metrics.jsonl, claim.json, abacus.png; checkpoint.pt (train), bench.json.
 """
 
