@@ -6,11 +6,11 @@ Idea     Leave a pseudo-random 1/k of the targets without loss. The model reads 
          dropped ones. So when it recites, it must guess at each of them, and one wrong guess leads it off the text.
          A hash of the last h tokens decides, so a passage that comes again drops the same targets again.
 Here     The claim we check: text seen 150 times is recited after ordinary training, and not with k = 4 or 3. Recitation
-         breaks at dropped targets, and these are guessed as by a model that never saw the text (within 0.05).
-Differs  - 0.5 M parameters and rows of 65 tokens, for LLaMA-2-7B and TinyLlama-1.1B with rows of 2048.
+         breaks at dropped targets, which k = 4 guesses as a model that never saw the text does (within 0.05).
+Differs  - 0.5 M parameters, for LLaMA-2-7B and TinyLlama-1.1B. Rows of 65 tokens, for 2048: their first 12 targets have
+           no whole window and are kept, so k = 4 drops 21 % and k = 3 27 %.
          - The hash window ends at the target, as in the released code; --window context is the paper's text.
-         - The loss is divided by the supervised targets of the whole step. The hash table is drawn on the CPU.
-         - Preset 1b cuts rows without end-of-text tokens; its tokenizer is a word list, or yours (a .npy of ids).
+         - The loss is divided by the supervised targets of the whole step. Preset 1b has no end-of-text tokens.
 
     python goldfish.py                                              # laptop: table, claim, picture; 3 minutes
     python goldfish.py --quick                                      # half a minute, no verdict
@@ -269,7 +269,7 @@ TRAINED, READS, PRESET_NAMES = ("demo", "train"), ("demo", "train", "audit"), ("
 class Config:
     mode: str = opt("demo", "what to do", choices=("demo", "train", "audit", "bench"), positional=True)
     preset: str = opt("demo", "settings: for your text, real weights, the paper's", PRESET_NAMES, modes=("train",))
-    model: str = opt("", "smollm2, a folder, a GGUF file, or tinyllama; empty: a small one", modes=("train", "audit"))
+    model: str = opt("", "smollm2, a folder, a .gguf; train: tinyllama; empty: a small one", modes=("train", "audit"))
     k: int = opt(4, "drop one target in k; 0 is ordinary training", modes=("train", "bench"))
     h: int = opt(13, "tokens whose product is hashed", modes=TRAINED)
     strategy: str = opt("hash", "how targets are chosen", ("hash", "static", "random"), modes=("train",))
@@ -299,18 +299,18 @@ class Config:
     def __post_init__(self):
         sizes = (self.h, self.block - 1, self.batch, self.accum, self.steps, self.log_every, self.d_model, self.n_layer)
         shown, trains = self.canaries * self.exposures, self.mode in TRAINED
-        need = self.k if self.strategy == "static" else self.h + int(self.window == "context")
+        need = self.k if self.strategy == "static" and self.k else self.h + int(self.window == "context")
         for wrong, message in (
             (min(*sizes, self.canaries, *self.beams, self.exposures + 1, self.save_every + 1) < 1,
              "sizes, --steps, --canaries, --beams must be at least 1, --block 2, --exposures and --save-every 0"),
-            (self.k < 0 or self.k == 1, f"--k {self.k}: give 0 for ordinary training, or 2 or more"),
+            (self.k == 1 or self.k < 2 * (self.mode == "bench"), f"--k {self.k}: give 2 or more; train: 0 is ordinary"),
             (not 0 < self.lr < math.inf, f"--lr {self.lr}: give a number above 0"),
             (self.d_model % 32 or self.vocab < 256, "--d-model is a multiple of 32, --vocab at least 256"),
             (trains and need > self.block, f"--h {self.h} or a static --k {self.k} has no room in rows of --block "
              f"{self.block}: no target would be dropped. Give --block {need} or more"),
             (self.model and (self.d_model, self.n_layer) != (128, 2), "--model: leave --d-model and --n-layer out"),
-            (trains and shown > self.steps * self.batch, f"--canaries {self.canaries} x --exposures {self.exposures} = "
-             f"{shown} exceed the {self.steps * self.batch} rows of --steps x --batch"),
+            (trains and shown > self.steps * (self.batch - (self.mode == "demo")), f"--canaries {self.canaries} x "
+             f"--exposures {self.exposures} = {shown} exceed the rows of --steps x --batch; the demo needs others too"),
             (self.mode == "train" and self.preset == "demo" and (self.data != ("docs",) or self.model),
              "your text or weights need --preset small (the demo's numbers), finetune (real weights) or 1b (paper)"),
         ):  # fmt: skip
@@ -377,7 +377,7 @@ class Text:
         """Token ids of these rows, (len(index), block + 1), int64."""
         found = torch.from_numpy(self.table[index.numpy()].astype(np.int64))
         if len(found) and not 0 <= found.min() <= found.max() < self.vocab:
-            raise BadInput(f"the text holds token id {found.max()}, the model has ids 0 to {self.vocab - 1}.")
+            raise BadInput(f"the text has token ids {found.min()} to {found.max()}, the model 0 to {self.vocab - 1}.")
         return found
 
     def _stream(self, part: Tensor, first: int, last: int) -> Tensor:
@@ -461,8 +461,8 @@ def measure(cfg: Config, text: Text, model: GPT) -> dict:
     wrong = (broke < cfg.block - P).nonzero().flatten()
     mean = lambda hits: hits.float().mean().item() if len(hits) else None
     share = lambda mask: mean(mask[wrong, P + broke[wrong] - 1])  # target i is token i + 1
-    other_hashes = [replace(asked, h=h, strategy="hash") for h in range(max(1, cfg.h - 8), cfg.h)]
-    placebo = [share(~keep_mask(c, canary)) for c in other_hashes]
+    hashes = range(max(1, cfg.h - 8), cfg.h) if asked.strategy == "hash" else ()  # other ones than the run's
+    placebo = [share(~keep_mask(replace(asked, h=h), canary)) for h in hashes]
     score = [mia_scores(model, r, [text.decode(i) for i in r.tolist()])["loss"] for r in (canary, other)]
     loss = sum(kept_loss(model(r[:, :-1]), r[:, 1:], r[:, 1:] >= 0).item() for r in held.split(16))  # of all targets
     return {
@@ -520,10 +520,10 @@ def demo(cfg: Config, w: cluster.World) -> None:
     if cfg.quick:
         return w.print("quick: no verdict")
     holds, here = judge(found)
-    setting = f"{cfg.canaries} texts of {cfg.block + 1} tokens shown {cfg.exposures} times, seed {cfg.seed}"
-    run.claim("text is recited after ordinary training, not after training with the goldfish loss, and each recitation "
-              "breaks at a dropped target", "84 of 100 articles recited, 0 of 100 with k = 4 (LLaMA-2-7B)", here, holds,
-              f"{setting}, {w.device.type}")  # fmt: skip
+    run.claim("text is recited after ordinary training, not after that with the goldfish loss; recitation breaks at "
+              "dropped targets, not at a placebo mask's, and these are guessed as if the text had never been seen; the "
+              "validation loss stays", "84 of 100 articles recited, 0 of 100 with k = 4 (LLaMA-2-7B)", here, holds,
+              f"{cfg.canaries} texts, {cfg.exposures} times, seed {cfg.seed}, {w.device.type}")  # fmt: skip
 
 
 def draw(found: dict, axis) -> None:
@@ -603,7 +603,7 @@ def audit(cfg: Config, w: cluster.World) -> None:
 
 def bench(cfg: Config, w: cluster.World) -> None:
     """The loss, forward and backward, against PyTorch's own: time, memory on a GPU, and the floor beside them."""
-    cuda, k, g = w.device.type == "cuda", cfg.k or 4, cluster.generator(cfg.seed)
+    cuda, k, g = w.device.type == "cuda", cfg.k, cluster.generator(cfg.seed)
     B, L, C, V, dtype = (16, 1024, 2048, 128256, torch.bfloat16) if cuda else (1, 1024, 256, 16384, torch.float32)
     hidden = torch.randn(B, L, C, generator=g).to(w.device, dtype).requires_grad_()
     head = (torch.randn(V, C, generator=g) / math.sqrt(C)).to(w.device, dtype).requires_grad_()

@@ -276,7 +276,7 @@ def test_smollm2_values():
 
 def test_demo_in_small_judges_what_it_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(G, "RUNS", {name: G.RUNS[name] for name in ("ordinary", "k=4", "k=3", "control")})
-    long = {"d_model": 64, "steps": 50, "exposures": 90, "lr": 1e-2, "data": (f"{DATA}/../../LICENSE",)}
+    long = {"d_model": 64, "steps": 50, "exposures": 87, "lr": 1e-2, "data": (f"{DATA}/../../LICENSE",)}
     with cluster.world("cpu") as w:
         G.demo(G.Config(**SMALL | long, out=str(tmp_path)), w)
     plain, _, kept, control = (found := {x["measured"]: x for x in metrics(tmp_path) if "measured" in x}).values()
@@ -307,8 +307,8 @@ def test_verdict():
     "argv, message",
     [
         ("train --data short.txt --preset small", "too small"),
-        ("train --data large.npy --preset small", "token id 300, the model has ids 0 to 299"),
-        ("train --k 1", "give 0 for ordinary training, or 2 or more"),
+        ("train --data large.npy --preset small", "token ids 300 to 300, the model 0 to 299"),
+        ("train --k 1", "give 2 or more; train: 0 is ordinary"),
         ("train --h 16 --window context", "Give --block 17 or more"),
         ("train --accum 3", "does not divide over 1 processes x --accum 3"),
         ("audit --canaries 5", "go with --model"),
