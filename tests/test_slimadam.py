@@ -328,7 +328,7 @@ def test_demo_in_small(tmp_path, capsys):
     ("--lr 1", "mode demo does not read --lr; it belongs to train, derive"), ("derive --rules adam", "to train"),
     ("train --n-head 3", "not a multiple of --n-head 3"), ("train --warmup 2", "share of the steps"),
     ("train --batch 3", "--accum 2"), ("train --chars 3000", "too small"), ("train --rules nowhere.json", "nowhere"),
-    ("train --preset demo", "--preset laptop"), ("train --data ids.npy", "id 300"), ("train --rules x.json", "JSON"),
+    ("train --preset demo", "--preset laptop"), ("train --data ids.npy", "ids 300"), ("train --rules x.json", "JSON"),
 ])  # fmt: skip
 def test_bad_input(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
