@@ -40,6 +40,10 @@ class Config:
     seed: int = cli.opt(0, "seed of the solutions and the samples")
     out: str = cli.opt("results/TEMPLATE", "folder of what the run writes")
 
+    def __post_init__(self):
+        if self.steps < 10:
+            raise cli.BadInput("--steps must be 10 or more")
+
 
 # %% the experiment
 
@@ -47,9 +51,7 @@ class Config:
 def train(cfg: Config, w: cluster.World, noise: float) -> torch.Tensor:
     """Excess loss of the last iterate and of the mean after every step, averaged over 64 runs: (steps, 2)."""
     steps = cfg.steps // 10 if cfg.quick else cfg.steps
-    solution = torch.randn(64, 20, generator=cluster.generator(cfg.seed)).double()[
-        w.rank :: w.size
-    ]  # (R, 20), R of the 64 on this rank
+    solution = torch.randn(64, 20, generator=cluster.generator(cfg.seed)).double()[w.rank :: w.size]  # (R, 20): R runs
     x = mean = torch.zeros_like(solution)
     losses = []
     for step in report.progress(range(steps), f"noise {noise:g}", w):

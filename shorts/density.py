@@ -4,14 +4,13 @@ Paper    Kirchenbauer, Honke, Somepalli, Geiping, Ippolito, Lee, Goldstein, Andr
          Dependence", arXiv:2405.06331.
 Idea     Embed the training texts and a test question, and estimate the training density at the question with a kernel.
          Nobody needs to know which texts are paraphrases of it. They lie near it, and the more, the better the answer.
-Here     A small language model learns facts about people. From there it is fine-tuned twice: on known facts only, and
-         with 0 to 8 paraphrases of each test question leaked into as many texts. The claim we check: the leak raises
-         the density at its question, and the rise predicts the gain in loss. Controls: questions without a leak,
-         permuted pairings, random vectors. For comparison: shared words, and the true count of paraphrases.
-Differs  - A made-up language. A paraphrase changes the frame and the word for the relation.
+Here     A small language model learns facts about people. It is fine-tuned twice on equally many texts: once on known
+         facts only, once with 0 to 8 paraphrases of each test question in place of some of them. The claim we check:
+         the leak raises the density at its question, and the rise predicts the gain in loss. Controls: questions
+         without a leak, permuted pairings, random vectors. For comparison: shared words, the true count of paraphrases.
+Differs  - A made-up language. A paraphrase changes the frame and the relation's word. No pre-training data's density.
          - The encoder is a mean of word vectors. It was made for this: trained on paraphrases of other facts.
-         - Exact kernel sums, no approximate neighbours. The bandwidth is set by hand.
-         - The loss of the answer stands for accuracy. The density of pre-training data is left out.
+         - Exact kernel sums. The bandwidth was chosen on seeds 100 to 102. The answer's loss stands for accuracy.
 
     python shorts/density.py                                            # laptop, half a minute
     python shorts/density.py --quick                                    # fewer questions and steps, no verdict
@@ -70,13 +69,14 @@ class Config:
     replay: int = opt(3000, "texts of known facts in either fine-tuning set")
     pretrain: int = opt(400, "pre-training steps of 96 texts")
     epochs: int = opt(4, "epochs of fine-tuning")
-    quick: bool = opt(False, "fewer questions and steps, no verdict")
+    quick: bool = opt(False, "fixed small sizes (fewer questions and steps), no verdict")
     seed: int = opt(0, "seed of language, leaks and training")
     out: str = opt("results/density", "folder of what the run writes")
 
     def __post_init__(self):
-        if sorted({0, *self.support}) != list(self.support) or not 0 < self.support[-1] < WORDINGS:
-            raise BadInput(f"--support needs rising levels, 0 first (the questions without a leak), below {WORDINGS}")
+        rising = sorted({0, *self.support}) == list(self.support) and 0 < self.support[-1] < WORDINGS
+        if not rising or self.questions < len(self.support) or self.epochs < 1 or self.bandwidth <= 0:
+            raise BadInput(f"--support: from 0 up, below {WORDINGS}; --questions: one each; --epochs, --bandwidth > 0")
 
 
 # %% the language: a person and a word for a relation in a frame of fillers, and the answer at the end
@@ -213,9 +213,9 @@ def judge(found: dict, p: float, gains: list[float], rises: list[float]) -> tupl
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
         cluster.alone(w)
-        run, g = report.Run(cfg.out, cfg, w), cluster.generator(cfg.seed, 2)
         if cfg.quick:
             cfg = replace(cfg, questions=100, replay=1000, pretrain=150, epochs=2)
+        run, g = report.Run(cfg.out, cfg, w), cluster.generator(cfg.seed, 2)
         support, losses, densities = experiment(cfg, w)
         found = {name: assess(d, losses, support) for name, d in densities.items()}
         before, level = densities["paraphrase encoder"][0].values()  # log densities, of control and leak

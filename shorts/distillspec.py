@@ -7,7 +7,7 @@ Idea     A small draft model proposes a few tokens, and the large target model c
          DistillSpec fits it to the target, on text that the draft writes itself.
 Here     The claim we check: the distilled draft gives more tokens per target pass (the block efficiency) than the same
          draft after as many steps of next-token loss, than after four times as many, and than one distilled on real
-         text. The output still follows the target, by a test that a wrong redraw, the control, fails.
+         text, by either loss. The output still follows the target, by a test that a wrong redraw, the control, fails.
 Differs  - Two perceptrons over the last 12 and 4 bytes of Python's documentation (110 k and 11 k weights), for T5.
          - Temperature 1; greedy decoding is shown, not judged. Drafting is not free: tokens per pass are no speed-up.
          - A later study (arXiv:2503.07807) disagrees: for domain drafts it finds offline distillation 11 to 25% better.
@@ -98,7 +98,6 @@ def generate(net: Net, x: Tensor, n: int, g: torch.Generator) -> Tensor:
 @torch.no_grad()
 def speculate(target: Net, draft: Net, x: Tensor, passes: int, gamma: int, g, check=verify, greedy=False) -> tuple:
     """Speculative decoding for `passes` passes of the target: (B, P) -> (rows (B, P + passes * (gamma+1)), ends (B,)).
-
     A row's text is row[:end]. Each pass adds 1 to gamma+1 tokens; (end - P) / passes is the block efficiency."""
     B, P = x.shape
     x, end = F.pad(x, (0, passes * (gamma + 1))), torch.full((B, 1), P)
@@ -134,7 +133,7 @@ class Config:
     prompts: int = opt(1024, "held-out prompts to measure on")
     target_lr: float = opt(3e-3, "peak learning rate of the target")
     lr: float = opt(1e-2, "peak learning rate of the draft, the same for all ways; AdamW, cosine to a twentieth")
-    quick: bool = opt(False, "a tenth of all steps, no verdict")
+    quick: bool = opt(False, "a tenth of all steps, an eighth of the prompts, no verdict")
     seed: int = opt(0, "seed of weights, batches and samples")
     out: str = opt("results/distillspec", "folder of what the run writes")
 
@@ -201,20 +200,21 @@ def deviation(target: Net, draft: Net, prompts: Tensor, cfg: Config, check=verif
 
 def judge(found: dict[str, dict], exact: float, wrong: float) -> tuple[bool, str]:
     """(the claim holds, its numbers). exact, wrong: deviations of output and control. Bars fixed before the runs."""
-    ours, rivals = found["tvd on own text"]["per pass"], ("next token", "next token, 4 x steps", "tvd on data")
-    token, four, data = (ours / found[way]["per pass"] - 1 for way in rivals)
+    ours, rivals = found["tvd on own text"]["per pass"], ("next token", "next token, 4 x steps")
+    token, four = (ours / found[way]["per pass"] - 1 for way in rivals)
+    data = ours / max(found[way]["per pass"] for way in ("fkl on data", "tvd on data")) - 1  # fkl added after the runs
     here = f"{ours:.3f} tokens per pass, {token:+.1%} over next-token loss, {data:+.1%} over real text; "
-    here += f"{four:+.1%} over 4 x the steps; output off by {exact:.1f} s.d."
-    holds = token >= 0.04 and four >= 0.03 and data > 0 and abs(exact) <= 3 and wrong >= 10
-    return holds, f"{here} (wrong redraw {wrong:.0f})"
+    here += f"{four:+.1%} over 4 x the steps; output off by {exact:.1f} s.d. (wrong redraw {wrong:.0f})"
+    return token >= 0.04 and four >= 0.03 and data > 0 and abs(exact) <= 3 and wrong >= 10, here
 
 
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
         cluster.alone(w)
-        run = report.Run(cfg.out, cfg, w)
         if cfg.quick:
-            cfg = replace(cfg, target_steps=80, draft_steps=200, steps=40, prompts=128)
+            tenth = {name: max(1, getattr(cfg, name) // 10) for name in ("target_steps", "draft_steps", "steps")}
+            cfg = replace(cfg, **tenth, prompts=max(1, cfg.prompts // 8))
+        run = report.Run(cfg.out, cfg, w)
         text = torch.tensor(list(corpus("docs").encode("ascii", "ignore")))
         text, unseen = text[: int(0.9 * len(text))], text[int(0.9 * len(text)) :]
         torch.manual_seed(cfg.seed)
@@ -241,8 +241,8 @@ def main(cfg: Config) -> None:
         if cfg.quick:
             return w.print("quick: no verdict")
         holds, here = judge(found, exact, wrong)
-        run.claim("a draft distilled by TV on its own text gives 4% more tokens per target pass than after next-token "
-                  "loss, 3% more than after four times the steps, more than on real text; the output is exact",
+        run.claim("a draft distilled by TV on its own text gives 4% more tokens per target pass than next-token loss, "
+                  "3% more than four times the steps of it, more than either loss on real text; the output is exact",
                   "10-45% faster", here, holds, f"gamma {cfg.gamma}, seed {cfg.seed}")  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""Grokking on a clock: a net finds the right rule at time log(alpha) / lambda, long after it fits the data.
+"""Grokking on a clock: a net finds the right rule at time log(alpha / alpha_c) / lambda, long after it fits the data.
 
 Paper    Lyu, Jin, Li, Du, Lee and Hu, "Dichotomy of Early and Late Phase Implicit Biases Can Provably Induce Grokking",
          ICLR 2024, arXiv:2311.18817.
 Idea     Start a net with large weights, of scale alpha, and train it with a small weight decay lambda. At first the
          weights hardly turn: the net is a kernel machine and fits the data by a wrong rule, which uses all inputs. All
-         the while decay shrinks the weights like alpha exp(-lambda t). At time log(alpha) / lambda they are small, and
-         the net turns to the rule of smallest norm, which uses few inputs.
+         the while decay shrinks the weights like alpha exp(-lambda t). At time log(alpha / alpha_c) / lambda, with a
+         constant alpha_c, they are small, and the net turns to the rule of smallest norm, which uses few inputs.
 Here     The claim we check: the time t* when test accuracy rises is log(alpha / alpha_c) / lambda, with one constant
          alpha_c for nine runs. Controls: no weight decay, a kernel machine, a small start. On data that suit the wrong
          rule, the same net forgets what it knew (misgrokking).
@@ -76,7 +76,7 @@ class Config:
     d: int = opt(2000, "inputs")
     n: int = opt(100, "training rows; 1000 more are for testing")
     gamma: float = opt(4.5, "distance between the classes of the misgrokking data")
-    quick: bool = opt(False, "two scales, one decay and half the inputs, no verdict")
+    quick: bool = opt(False, "fixed small sizes (two scales, one decay, half the inputs), no verdict")
     seed: int = opt(0, "seed of the data")
     out: str = opt("results/grokking", "folder of what the run writes")
 
@@ -220,9 +220,9 @@ def draw(found: list[dict], scale: float, axis) -> None:
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
         cluster.alone(w)
-        run = report.Run(cfg.out, cfg, w)
         if cfg.quick:
             cfg = replace(cfg, alpha=(32.0, 128.0), lam=(0.01,), d=1000)
+        run = report.Run(cfg.out, cfg, w)
         found = experiment(cfg, w)
         for r in found:
             run.log(**{key: None if value == math.inf else value for key, value in r.items()})

@@ -5,18 +5,18 @@ Paper    Su and Geiping, "Fine, I'll Merge It Myself: A Multi-Fidelity Framework
 Idea     A recipe names a merging method and its coefficients for every group of layers. A search proposes recipes like
          the best ones so far. Most are judged on few examples, and only the best of them on many (Hyperband).
 Here     One expert reads turned digits, one gives the wanted answers, one does neither. Target: turned digits with the
-         wanted answers, which no expert has seen. The claim we check: the search beats every recipe that treats all
-         layers alike, random search, and the same search with full evaluations only, at equal evaluation examples.
-         Whoever knows that experts see below and answer above merges them by hand, and beats the search.
+         wanted answers, which no expert has seen. The claim we check: the search beats the best of 64 recipes of each
+         of four kinds that treat all layers alike. At equal evaluation examples it beats random search and one group,
+         and full evaluations are no better. Whoever knows that experts see below and answer above beats it by hand.
 Differs  - Small nets on drawn digits, for 13B language models. One objective. No SLERP, and no stacking of layers.
          - Task arithmetic has a scale for each expert, in place of one. Attention and MLP are not told apart.
-         - Proposals recombine the best quarter of all recipes and add noise, for SMAC's random forest.
+         - Proposals recombine the best quarter of all recipes, at most 15, and add noise, for SMAC's random forest.
          - Experts learn their answers in the upper half only. Trained in all layers, they left layers nothing to gain.
 
     python shorts/model_merging.py                                      # laptop, 40 s
     python shorts/model_merging.py --quick                              # one short search of each kind, no verdict
 
-Expect   "by hand 0.503" on CPU with seed 0.
+Expect   "search 0.316, best alike for all layers 0.309, by hand 0.503" on CPU with seed 0: the claim does not hold.
 Writes   results/model_merging/: metrics.jsonl, claim.json, model_merging.png
 """
 
@@ -109,13 +109,13 @@ class Config:
     full: int = opt(1000, "examples of a full evaluation")
     budget: int = opt(60, "what one search may spend, in full evaluations")
     searches: int = opt(6, "repetitions of each search; their mean is judged")
-    quick: bool = opt(False, "one search of each kind with a third of the budget, no verdict")
+    quick: bool = opt(False, "one search of each kind, --budget 20 and --full 300 at most, no verdict")
     seed: int = opt(0, "seed of nets, data and searches")
     out: str = opt("results/model_merging", "folder of what the run writes")
 
     def __post_init__(self):
-        if not 1 <= self.groups <= 8 or self.budget < 9 or min(self.full, self.searches) < 1:
-            raise BadInput("--groups must be 1 to 8, --budget 9 or more, --full and --searches 1 or more")
+        if not 1 <= self.groups <= 8 or min(self.full, self.budget) < 9 or self.searches < 1:
+            raise BadInput("--groups must be 1 to 8, --full and --budget 9 or more, --searches 1 or more")
 
 
 # %% digits of seven segments, and small nets that read them
@@ -208,9 +208,9 @@ def judge(found: dict[str, float]) -> tuple[bool, str]:
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
         cluster.alone(w)
-        run = report.Run(cfg.out, cfg, w)
         if cfg.quick:
-            cfg = replace(cfg, searches=1, budget=20, full=300)
+            cfg = replace(cfg, searches=1, budget=min(20, cfg.budget), full=min(300, cfg.full))
+        run = report.Run(cfg.out, cfg, w)
         base, experts = family(cfg.seed)
         test, valid = (digits(n, "turn", 2, cluster.generator(cfg.seed, k)) for n, k in ((6000, 4), (cfg.full, 5)))
         accuracy = lambda weights, x, y: (net(weights, x).argmax(dim=-1) == y).float().mean().item()
@@ -241,9 +241,9 @@ def main(cfg: Config) -> None:
         if cfg.quick:
             return w.print("quick: no verdict")
         holds, here = judge(found)
-        run.claim("a cheap search of merges per layer group beats merges alike for all layers, random search and full "
-                  "evaluations; a merge by hand beats it", "better than the source models in fewer than 500 steps",
-                  here, holds, f"{cfg.groups} groups, {cfg.searches} searches, seed {cfg.seed}")  # fmt: skip
+        run.claim("a cheap search of merges per layer group beats merges alike for all layers and random search; full "
+                  "evaluations are no better", "better than the source models in fewer than 500 steps", here, holds,
+                  f"{cfg.groups} groups, {cfg.searches} searches, seed {cfg.seed}")  # fmt: skip
 
 
 if __name__ == "__main__":

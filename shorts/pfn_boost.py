@@ -5,8 +5,9 @@ Paper    Jayawardhana, Renbo, Dooley, Cherepanova, Wilson, Hutter, White, Goldst
 Idea     Tree number 0 is a transformer. The trees are fitted at s times its log-odds, so they learn its residual.
          Validation rows pick the scale s: s = 0 is plain boosting (GBDT), no tree is the rescaled transformer.
 Here     A prior-fitted network (PFN), trained on smooth tables, reads at most 100 rows and meets tables with jumps. The
-         claim we check: at 48 rows the fusion matches the PFN, at 1024 GBDT, in between it beats both. Controls: PFN
-         plus trees that never saw it, and the PFN's log-odds as one more column. Averaging does about as well.
+         claim we check: the fusion's log loss is at most 0.02 above the PFN's at 48 rows, GBDT's or less at 1024, and
+         below both at two or more counts in between. Its mean from 128 rows on is below two controls: the PFN plus
+         trees that never saw it (sum), its log-odds as one more column (stack). Averaging does about as well.
 Differs  - A PFN of 0.06 M parameters, trained from scratch, 12 made tables, and trees of depth 3 only.
          - Validation log loss picks s and the number of trees together. The paper's code tunes the trees first.
          - A training row's log-odds come from other rows. In the paper's code, the PFN has read that row's label.
@@ -90,7 +91,7 @@ class Config:
     depth: int = opt(3, "depth of the trees")
     lr: float = opt(0.2, "shrinkage of each tree")
     ridge: float = opt(5.0, "lambda in a leaf's value -G / (H + lambda)")
-    quick: bool = opt(False, "two tables, up to 128 rows, a tenth of the PFN's training, no verdict")
+    quick: bool = opt(False, "fixed small sizes (two tables, up to 128 rows, 70 steps), no verdict")
     seed: int = opt(0, "seed of the PFN and the tables")
     out: str = opt("results/pfn_boost", "folder of what the run writes")
 
@@ -206,7 +207,7 @@ def compare(net: PFN, x: Tensor, y: Tensor, n: int, cfg: Config) -> dict[str, fl
 
 
 def judge(loss: dict[int, dict]) -> tuple[bool, str]:
-    """(the claim holds, its numbers), from the test log loss at each number of rows. Bars fixed before the runs."""
+    """(the claim holds, its numbers), from the test log loss at each number of rows. Bars fixed before seeds 5 to 9."""
     few, many = loss[48], loss[1024]
     ahead = [n for n in ROWS[1:-1] if loss[n]["boost"] < min(loss[n]["GBDT"], loss[n]["PFN"])]
     mean = {name: sum(loss[n][name] for n in ROWS[2:]) / len(ROWS[2:]) for name in few}
@@ -219,9 +220,9 @@ def judge(loss: dict[int, dict]) -> tuple[bool, str]:
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
         cluster.alone(w)
-        run, loss, counts = report.Run(cfg.out, cfg, w), {}, ROWS
         if cfg.quick:
-            cfg, counts = replace(cfg, tables=2, steps=70), ROWS[:3]
+            cfg = replace(cfg, tables=2, steps=70)
+        run, loss, counts = report.Run(cfg.out, cfg, w), {}, ROWS[:3] if cfg.quick else ROWS
         net = train_pfn(cfg, w)
         x, y = tables(cfg.tables, ROWS[-1] + 300, cfg.outside, cluster.generator(cfg.seed, 2))
         for n in report.progress(counts, "rows", w):
@@ -232,15 +233,15 @@ def main(cfg: Config) -> None:
         def draw(figure, axis):
             for name in loss[16]:
                 axis.plot(counts, [loss[n][name] for n in counts], "o-" if name == "boost" else ".--", label=name)
-            axis.set(xscale="log", xlabel="labelled rows", ylabel="log loss on test rows")
-            axis.set_xticks(counts, counts)
+            axis.set(xscale="log", xlabel="labelled rows", ylabel="test log loss", xticks=counts, xticklabels=counts)
             axis.legend(frameon=False)
 
         w.print(report.picture(f"{cfg.out}/pfn_boost.png", draw, figsize=(8, 5)))
         if cfg.quick:
             return w.print("quick: no verdict")
         holds, here = judge(loss)
-        run.claim("trees that start from a PFN match it at few rows, match GBDT at many, and beat both in between",
+        run.claim("trees from a PFN: within 0.02 of it at 48 rows, no worse than GBDT at 1024, ahead of both at two "
+                  "counts between, and ahead of sum and stack",
                   "the fusion matches either at its end, and is best of all but at very few rows",
                   here, holds, f"{cfg.tables} tables, 300 test rows each, seed {cfg.seed}, CPU")  # fmt: skip
 

@@ -5,9 +5,9 @@ Paper    Jain, Shrivastava, Zhu, Liu, Samuel, Panda, Kumar, Goldblum, Goldstein,
 Idea     Train on replies that begin with [respond] or [refuse], or with one [refuse] for each category. When the model
          answers, a threshold on that token's probability chooses the token, and the model writes the rest.
 Here     The training data often answers what it should refuse. The claim we check: with a threshold picked on other
-         prompts, the model refuses better (F1) than a model trained without the token, its replies follow the token,
-         and a category's token moves this category only. Two rivals come near it or beat it: a separate classifier, and
-         the model without the token, by its chance of writing any refusal. The token is a dial, and not accuracy.
+         prompts, the net refuses better (F1) than a net trained without the token that decodes greedily, its replies
+         follow the token, and a category's token moves this category only. Two rivals come near it or beat it: a
+         classifier, and the net without the token, by its chance of any refusal. The token is a dial, not accuracy.
 Differs  - A net of 0.07 M parameters, trained from scratch on made prompts of three categories, for Llama-3 8B.
          - Refusals are missing by design, and F1 is against the truth. A refusal is known by its text, not by a judge.
 
@@ -92,7 +92,7 @@ def prompts(n: int, g: torch.Generator) -> dict:
     asked, replies, refused, truth = [], [], [], []
     for k, r in zip(category.tolist(), numbers.tolist(), strict=True):
         prompt, answer, odds = example(k, r)
-        refused.append(r[4] < 0.03 + 0.7 / (1 + math.exp(-odds)))  # at least three in ten get an answer
+        refused.append(r[4] < 0.03 + 0.7 / (1 + math.exp(-odds)))  # even clear cases get an answer 27 times in 100
         replies.append(OPENERS[int(r[5] * 3)] + (NO if refused[-1] else answer))
         asked.append(prompt)
         truth.append(odds >= 0)
@@ -211,7 +211,8 @@ def experiment(cfg: Config, w: cluster.World) -> tuple[dict, dict, dict]:
 
 
 def judge(found: dict[str, float]) -> bool:
-    """The bars, fixed before the runs: F1, replies that follow their token, and refusal rates that a token moves."""
+    """Bars for F1, for replies that follow their token and for refusal rates that a token moves. They were fixed before
+    the runs. The threshold of the moves, 0.1, was taken after the picked one had failed on seed 0."""
     better = found["after"] >= found["before"] + 0.05 and found["follows"] >= 0.95
     return better and found["own"] >= 0.1 and found["others"] <= 0.02
 
@@ -219,9 +220,9 @@ def judge(found: dict[str, float]) -> bool:
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
         cluster.alone(w)
-        run = report.Run(cfg.out, cfg, w)
         if cfg.quick:
             cfg = replace(cfg, steps=cfg.steps // 10 + 1, prompts=cfg.prompts // 5 + 1)
+        run = report.Run(cfg.out, cfg, w)
         found, table, curves = experiment(cfg, w)
         w.print(report.table(["", *table["token"]], [[name, *row.values()] for name, row in table.items()]) + "\n")
         steered = ("token of events", "token of sums", "token of words", "the single token")
@@ -239,8 +240,8 @@ def main(cfg: Config) -> None:
         if cfg.quick:
             return w.print("quick: no verdict")
         rivals = ", ".join(f"{name} {table[name]['F1']:.3f}" for name in ("classifier", "no token, summed"))
-        run.claim("a threshold on the refusal token refuses better than training without it, a category moves alone; "
-                  "it is a dial in one model, not accuracy", "one model, many refusal rates, no further tuning",
+        run.claim("a thresholded refusal token refuses better than greedy decoding without it, a category moves alone",
+                  "one model, many refusal rates, no further tuning",
                   f"F1 {found['before']:.3f} -> {found['after']:.3f} ({rivals}), own category {found['own']:.2f}, "
                   f"others {found['others']:.3f}", judge(found), f"{cfg.steps} steps, seed {cfg.seed}")  # fmt: skip
 

@@ -113,14 +113,15 @@ class Config:
     bits: int = opt(1, "bits per number of the state when the question comes")
     pairs: tuple = opt((2, 4, 8, 16, 32, 64), "pairs per episode, in training and in the test, rising")
     steps: int = opt(400, "optimizer steps of each net")
-    lr: tuple = opt((1e-2, 3e-3), "peak lr of AdamW, recurrent and with attention: each the best of 3e-3, 1e-2, 3e-2")
+    lr: tuple = opt((1e-2, 3e-3), "peak lr of AdamW, recurrent and with attention, chosen among 3e-3, 1e-2, 3e-2")
     quick: bool = opt(False, "a tenth of the steps, no verdict")
     seed: int = opt(0, "seed of the weights and the episodes")
     out: str = opt("results/retrieval_gap", "folder of what the run writes")
 
     def __post_init__(self):
-        if max(self.pairs) > KEYS or min(self.bits, *self.pairs, *self.widths) < 1 or len(self.lr) != 2:
-            raise BadInput(f"--pairs must be 1 to {KEYS}, --bits and --widths 1 or more, and --lr takes two rates")
+        rising = all(list(sizes) == sorted(set(sizes)) for sizes in (self.widths, self.pairs))
+        if not rising or max(self.pairs) > KEYS or min(self.bits, *self.pairs, *self.widths) < 1 or len(self.lr) != 2:
+            raise BadInput(f"--pairs (1 to {KEYS}) and --widths (from 1) must rise, --bits 1 or more, --lr two rates")
 
 
 def episodes(count: int, pairs: int, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,9 +213,9 @@ def judge(cfg: Config, curves: dict[str, list], limits: dict[str, list]) -> tupl
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
         cluster.alone(w)
-        run, curves, limits, rows = report.Run(cfg.out, cfg, w), {}, {}, []
         if cfg.quick:
             cfg = replace(cfg, steps=cfg.steps // 10 + 1)
+        run, curves, limits, rows = report.Run(cfg.out, cfg, w), {}, {}, []
         nets = {f"recurrent, d = {d}": (d, Recurrence, False) for d in cfg.widths}
         nets |= {"attention": (cfg.widths[0], Attention, False), "search": (cfg.widths[0], Recurrence, True)}
         for name, (d, upper, search) in nets.items():

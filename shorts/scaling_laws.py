@@ -99,11 +99,11 @@ def hull(C: Tensor, L: Tensor) -> list[int]:
 @dataclass
 class Config:
     mode: str = opt("demo", "fit tables of runs, or train a grid and write its table", ("demo", "train"), True)
-    data: str = opt("", "your own table: width,depth,params, then a column of losses for each number of tokens")
-    compute: float = opt(1e13, "the budget, in FLOPs, that advice is asked for")
-    sets: int = opt(16, "random sets of models")
-    models: int = opt(8, "models in a random set")
-    quick: bool = opt(False, "one table, two random sets, no other designs, no verdict")
+    data: str = opt("", "your own table: width,depth,params, then losses, a column a token count", modes=("demo",))
+    compute: float = opt(1e13, "the budget, in FLOPs, that advice is asked for", modes=("demo",))
+    sets: int = opt(16, "random sets of models", modes=("demo",))
+    models: int = opt(8, "models in a random set", modes=("demo",))
+    quick: bool = opt(False, "fixed small sizes (one table, two random sets), no verdict", modes=("demo",))
     seed: int = opt(0, "draws the random sets; train: weights and batches")
     out: str = opt("results/scaling_laws", "folder of what the run writes")
 
@@ -167,8 +167,11 @@ def read(path: str | Path) -> Tensor:
         rows = list(csv.DictReader(f))
     if not rows or list(rows[0])[:3] != ["width", "depth", "params"]:
         raise BadInput(f"{path}: its first line must be width,depth,params, then the token counts of the losses below")
-    runs = [[*map(float, list(row.values())[:3]), float(D), float(L)]
-            for row in rows for D, L in list(row.items())[3:] if L]  # fmt: skip
+    try:
+        runs = [[*map(float, list(row.values())[:3]), float(D), float(L)]
+                for row in rows for D, L in list(row.items())[3:] if L]  # fmt: skip
+    except (TypeError, ValueError) as e:
+        raise BadInput(f"{path}: all but the words width,depth,params must be numbers ({e})") from None
     return torch.tensor(runs, dtype=torch.float64).view(-1, 5).T
 
 
@@ -189,8 +192,8 @@ def advice(runs: Tensor, held: Tensor, C: float) -> dict:
 def choices(cfg: Config, runs: Tensor) -> dict[str, Tensor]:
     """The runs of a table as other designs of the experiment would have them, then random sets of models."""
     models, ratio, early = runs[2].unique(), runs[0] / runs[1], runs[3] <= runs[3].max() / 4
-    if len(models) < cfg.models:
-        raise BadInput(f"{len(models)} models are too few to draw --models {cfg.models}; one more is held out")
+    if cfg.sets < 2 or not 3 <= cfg.models <= len(models):
+        raise BadInput(f"--sets must be 2 or more, --models 3 to {len(models)}; the largest model is held out")
     found = {"all": runs, "first quarter of training": runs[:, early], "the rest": runs[:, ~early],
              "deep, width/depth < 12": runs[:, ratio < 12], "wide, from 40": runs[:, ratio >= 40]}  # fmt: skip
     found = {name: x for name, x in found.items() if len(x[2].unique()) > 2 and (name == "all" or not cfg.quick)}
@@ -210,16 +213,15 @@ def judge(points: dict[str, Tensor]) -> tuple[bool, str]:
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
         cluster.alone(w)
-        run, points = report.Run(cfg.out, cfg, w), {}  # table -> (sets, 2)
-        if cfg.mode == "train":
-            return train(cfg, w)
         ours = [Path(__file__).parent / "data" / name for name in ("scaling_laws.csv", "scaling_laws_1.csv")]
         if cfg.quick:
             cfg, ours = replace(cfg, sets=2), ours[:1]
+        run, points = report.Run(cfg.out, cfg, w), {}  # table -> (sets, 2)
+        if cfg.mode == "train":
+            return train(cfg, w)
         for path in [cfg.data] if cfg.data else ours:
             runs = read(path)
-            held = runs[2] == runs[2].max()  # the largest model is predicted, never fitted
-            found = {}
+            found, held = {}, runs[2] == runs[2].max()  # the largest model is predicted, never fitted
             for name, chosen in report.progress(choices(cfg, runs[:, ~held]).items(), "fits", w):
                 found[name] = advice(chosen, runs[:, held], cfg.compute)
                 run.log(table=Path(path).name, choice=name, **found[name])
@@ -238,11 +240,9 @@ def main(cfg: Config) -> None:
         if cfg.quick:
             return w.print("quick: no verdict")
         holds, here = judge(points)
-        run.claim(
-            "a fitted law's advice hangs on the models fitted; the hull's advice is steadier",
-            "prescriptions are highly sensitive to the design and the checkpoints; the hull is far more robust",
-            here, holds, f"{len(points)} tables, {cfg.sets} sets of {cfg.models} models, seed {cfg.seed}",
-        )  # fmt: skip
+        run.claim("a fitted law's advice hangs on the models fitted; the hull's advice is steadier",
+                  "prescriptions are highly sensitive to the design and the checkpoints; the hull is far more robust",
+                  here, holds, f"{len(points)} tables, {cfg.sets} sets of {cfg.models}, seed {cfg.seed}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Idea     At a high learning rate the weights circle around a good point, and eac
 Here     The claim we check: at the constant rate that is best for raw weights, the mean of the last checkpoints reaches
          their lowest test loss in at least 12 % fewer steps. Beside it: a run whose rate falls to 0, where the mean
          saves nothing, because little circles there; an exponential moving average of the same mean age; the loss for
-         every k; annealing with averaging. The paper finds both together best; at this size it is not so.
+         every k; annealing with averaging. The paper finds both together best; here that holds on two seeds of five.
 Differs  - A perceptron of 58 k weights predicts a character of Python's sources from the eight before it, for the seven
            workloads of AlgoPerf. AdamW, not NadamW.
          - The mean spans 40 % of a run of 3000 steps. The papers' runs are far longer.
@@ -107,15 +107,17 @@ class Config:
     lr_annealed: float = opt(7e-3, "peak of the run annealed to 0")
     lr_both: float = opt(5e-3, "peak of the run annealed to 0.3 of it")
     warmup: float = opt(0.05, "part of the run with a linear warm-up")
-    quick: bool = opt(False, "100 steps, no verdict")
+    quick: bool = opt(False, "fixed small sizes (100 steps), no verdict")
     seed: int = opt(0, "seed of the weights, the batches and the test rows")
     out: str = opt("results/weight_averaging", "folder of what the run writes")
 
     def __post_init__(self):
         if not 1 <= self.k <= self.checkpoints:
             raise BadInput(f"--k must be between 1 and --checkpoints {self.checkpoints}, got {self.k}")
-        if self.steps % self.checkpoints:
-            raise BadInput(f"--steps {self.steps} is not a multiple of --checkpoints {self.checkpoints}")
+        if self.steps < 1 or self.steps % self.checkpoints:
+            raise BadInput(f"--steps {self.steps} is not a positive multiple of --checkpoints {self.checkpoints}")
+        if not 0 <= self.warmup < 1:
+            raise BadInput(f"--warmup is a part of the run, from 0 to below 1, got {self.warmup}")
 
 
 def data(cfg: Config) -> tuple[Tensor, Tensor]:
@@ -177,7 +179,9 @@ def windows(trail: list, test: Tensor, ks: list[int]) -> list[float]:
 
 
 def saved(raw: list[float], averaged: list[float]) -> float:
-    """By which part of the steps the average is sooner at the lowest loss of the raw weights; negative if never."""
+    """By which part of the steps the average is sooner at the lowest loss of the raw weights.
+
+    Negative if it is there later, -1 if never."""
     target = min(raw)
     sooner = [i for i, x in enumerate(averaged) if x <= target]
     return 1 - (sooner[0] + 1) / (raw.index(target) + 1) if sooner else -1.0
@@ -186,7 +190,7 @@ def saved(raw: list[float], averaged: list[float]) -> float:
 def judge(losses: dict) -> tuple[bool, str]:
     """(the claim holds, its number), from the losses at a constant rate. The bar was fixed before the runs."""
     sooner = saved(losses["raw"], losses["LAWA"])
-    return sooner >= 0.12, f"{sooner:.0%} fewer steps at a constant rate" if sooner >= 0 else "never reached"
+    return sooner >= 0.12, f"{sooner:.0%} fewer steps at a constant rate" if sooner >= 0 else "no sooner"
 
 
 def draw(cfg: Config, losses: dict, ks: list[int], ends: dict, axes) -> None:
@@ -206,9 +210,9 @@ def draw(cfg: Config, losses: dict, ks: list[int], ends: dict, axes) -> None:
 def main(cfg: Config) -> None:
     with cluster.world("cpu") as w:
         cluster.alone(w)
-        run, rows = report.Run(cfg.out, cfg, w), data(cfg)
         if cfg.quick:
             cfg = replace(cfg, steps=100, checkpoints=20, k=8)
+        run, rows = report.Run(cfg.out, cfg, w), data(cfg)
         runs = {
             f"constant {cfg.lr_constant:g}": (cfg.lr_constant, 1.0),
             f"{cfg.lr_annealed:g} annealed to 0": (cfg.lr_annealed, 0.0),
@@ -222,7 +226,7 @@ def main(cfg: Config) -> None:
             last = {how: curve[-1] for how, curve in losses[name].items()}
             sooner = saved(losses[name]["raw"], losses[name]["LAWA"])
             run.log(run=name, lowest_raw=min(losses[name]["raw"]), **last, saved=sooner, ks=ks, by_k=ends[name])
-            shown.append([name, *last.values(), "never" if sooner < 0 else f"{sooner:.0%}"])
+            shown.append([name, *last.values(), "no sooner" if sooner < 0 else f"{sooner:.0%}"])
         w.print(report.table(["learning rate", "raw", f"mean of {cfg.k}", "EMA", "steps saved"], shown))
         show = lambda _, axes: draw(cfg, losses, ks, ends, axes)
         w.print(report.picture(f"{cfg.out}/weight_averaging.png", show, ncols=2, figsize=(13, 4.5)))
@@ -234,7 +238,8 @@ def main(cfg: Config) -> None:
                 f"both {partly['LAWA'][-1]:.3f}. The paper finds that both together are best.")  # fmt: skip
         holds, here = judge(constant)
         run.claim(
-            "the mean of the last checkpoints reaches the raw weights' lowest loss sooner",
+            "at a constant rate the mean of the last checkpoints is at the raw weights' lowest loss in at least 12 % "
+            "fewer steps",
             "faster on all seven workloads of AlgoPerf", here, holds,
             f"{cfg.steps} steps, k = {cfg.k}, seed {cfg.seed}, CPU",
         )  # fmt: skip

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from common import cluster
+from common import cli, cluster
 from shorts import TEMPLATE as T
 
 
@@ -32,3 +32,5 @@ def test_verdict_holds_and_falls_without_the_method(monkeypatch):
 @pytest.mark.parametrize("noisy, clean", [((1.0, 0.3), (0.0, 0.1)), ((1.0, 0.1), (0.1, 0.0))])
 def test_verdict_needs_a_fifth_and_no_gain_without_noise(noisy, clean):
     assert not T.judge(*noisy, *clean)
+    with pytest.raises(cli.BadInput, match="10 or more"):
+        T.Config(steps=5, quick=True)

@@ -52,4 +52,5 @@ def test_the_verdict_falls_with_random_vectors_for_the_encoder_or_without_a_leak
     assert not verdict(found | {"paraphrase encoder": flat})
     assert not any(verdict(found | {"paraphrase encoder": ours | {k: 0.1}}) for k in ours)
     assert not verdict(p=0.02) and not verdict(gains=[0.9, 1, 2]) and not verdict(rises=[1, 1, 2])
-    pytest.raises(cli.BadInput, D.Config, support=(1, 2))
+    for wrong in ({"support": (1, 2)}, {"epochs": 0}, {"bandwidth": 0.0}, {"questions": 4}):
+        pytest.raises(cli.BadInput, D.Config, **wrong)

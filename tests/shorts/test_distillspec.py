@@ -49,7 +49,7 @@ def test_verdict_holds_and_falls_with_the_careless_redraw(monkeypatch):
     exact, wrong = (D.deviation(target, draft, prompts, cfg, check) for check in (D.verify, D.careless))
     found = {way: {"per pass": 3.0} for way in D.WAYS} | {"tvd on own text": {"per pass": 3.2}}
     assert D.judge(found, exact, wrong)[0] and not D.judge(found, wrong, wrong)[0]
-    for rival, n in {"next token": 3.1, "next token, 4 x steps": 3.12, "tvd on data": 3.3}.items():
+    for rival, n in {"next token": 3.1, "next token, 4 x steps": 3.12, "fkl on data": 3.3, "tvd on data": 3.3}.items():
         assert not D.judge(found | {rival: {"per pass": n}}, exact, wrong)[0]
     x, end = D.speculate(target, target, prompts, 4, 2, cluster.generator(0), greedy=True)
     assert (end == D.P + 4 * 3).all() and (x[:, D.P] == target(prompts[:, -5:])[:, 0].argmax(-1)).all()

@@ -1,9 +1,10 @@
 """shorts/local_sgd.py: the rule by hand, data parallel as H = 1, one average a round, equal bits on two processes."""
 
+import pytest
 import torch
 from ranks import run_ranks
 
-from common import cluster
+from common import cli, cluster
 from shorts import local_sgd as m
 
 NOISE = torch.randn(12, 8, 3, generator=torch.Generator().manual_seed(0))  # of step, worker
@@ -33,17 +34,15 @@ def test_every_round_is_one_average_of_the_workers_on_one_process_or_two(tmp_pat
     p, b = torch.ones(8, 3), torch.zeros(8, 3)
     for t in range(12):
         b = 0.9 * b + slope(p) + NOISE[t]
-        p = p - 0.1 * b
-        p = p.mean(dim=0).expand(8, 3) if t in (4, 11) else p
+        p = (p - 0.1 * b).mean(dim=0).expand(8, 3) if t in (4, 11) else p - 0.1 * b
     torch.testing.assert_close(found, p)
     run_ranks(two_rounds, 2, tmp_path, found)
 
 
 def test_rounds_of_one_step_are_data_parallel_sgd():
-    params, eta = [torch.ones(8, 3)], torch.linspace(0.2, 0.01, 12)
+    params, eta, one = [torch.ones(8, 3)], torch.linspace(0.2, 0.01, 12), torch.ones(3, requires_grad=True)
     with cluster.world("cpu"):
         m.local_sgd(params, lambda p, t: [slope(p[0]) + NOISE[t]], [1] * 12, eta, K=8, decay=0.01)
-    one = torch.ones(3, requires_grad=True)
     sgd = torch.optim.SGD([one], lr=1.0, momentum=0.9, weight_decay=0.01)
     for t in range(12):
         sgd.param_groups[0]["lr"] = eta[t].item()
@@ -58,3 +57,4 @@ def test_verdict_falls_when_the_control_takes_the_rules_place():
     verdict = lambda ours, constant: m.judge(m.Config(), rest | {"QSR": ours, "constant H": constant})[0]
     assert verdict(row(429, 1.82), row(429, 1.9)) and not verdict(row(429, 1.84), row(429, 1.9))
     assert not verdict(row(501, 1.82), row(501, 1.9)) and not verdict(row(429, 1.82), row(429, 1.82))
+    pytest.raises(cli.BadInput, m.Config, h_base=0)

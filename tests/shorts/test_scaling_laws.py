@@ -30,8 +30,7 @@ def test_fit_finds_a_planted_law_and_does_not_follow_an_outlier():
 def test_optimum_is_the_least_loss_on_the_budget():
     law = Law(6.0, 7.0, 0.5, 0.34, 0.28)
     N = torch.logspace(6, 12, 60001, dtype=torch.float64)
-    best = N[law.loss(N, 1e21 / 6 / N).argmin()].item()
-    assert law.optimum(1e21)[0] == pytest.approx(best, rel=5e-4)
+    assert law.optimum(1e21)[0] == pytest.approx(N[law.loss(N, 1e21 / 6 / N).argmin()].item(), rel=5e-4)
     assert math.prod(law.optimum(1e21)) * 6 == pytest.approx(1e21)
 
 
@@ -48,8 +47,10 @@ def test_tables_are_of_the_grid_and_a_blank_cell_is_left_out(tmp_path):
         assert runs[2, ::8].tolist() == sizes and max(sizes) == sizes[-1]
     (tmp_path / "a.csv").write_text("width,depth,params,10,20\n4,2,8,3.0,\n4,1,4,3.5,3.25\n")
     assert read(tmp_path / "a.csv")[2:].T.tolist() == [[8, 10, 3], [4, 10, 3.5], [4, 20, 3.25]]
-    (tmp_path / "b.csv").write_text("params,10\n8,3.0\n")
-    pytest.raises(cli.BadInput, read, tmp_path / "b.csv")
+    for text in ("params,10\n8,3.0\n", "width,depth,params,10\n4,2,8,many\n", "width,depth,params,ten\n4,2,8,3.0\n"):
+        (tmp_path / "b.csv").write_text(text)
+        pytest.raises(cli.BadInput, read, tmp_path / "b.csv")
+    pytest.raises(cli.BadInput, s.choices, s.Config(sets=1), runs)
 
 
 def test_verdict_needs_both_tables_and_falls_when_the_hull_is_replaced_by_the_law():
