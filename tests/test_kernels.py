@@ -313,6 +313,24 @@ def test_goldfish_and_topk_attention_take_the_kernels_on_a_gpu(monkeypatch):
 
 
 @needs_kernels
+@pytest.mark.parametrize("name", ("mean2d", "conic", "opacity", "color"))
+def test_a_splat_that_is_not_finite_changes_no_other(name):
+    camera, found = Camera(20, 20), []
+    for broken in (False, True):
+        s = Splats(12, 20, 20)  # its number 5 is in the image
+        getattr(s, name)[5] = math.nan if broken else getattr(s, name)[5]
+        s.visible[5] &= broken
+        leaves = [x.requires_grad_() for x in (s.mean2d, s.conic, s.opacity, s.color)]
+        layer, ids = splat.rasterize(s, camera, 8, "accutile")
+        layer.sum().backward()
+        with torch.no_grad():
+            score = splat.score(s, camera, 8, "accutile", torch.ones(4, device=DEVICE))
+        found.append((layer.detach(), ids, score, *(x.grad for x in leaves)))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b) and a.isfinite().all()
+
+
+@needs_kernels
 def test_splats_that_are_nowhere():
     s, camera = Splats(9, 20, 20), Camera(20, 20)
     s.visible[:] = False

@@ -39,7 +39,7 @@ if triton is not None:
         A, B = tl.load(row + 2, mask=here, other=1.0), tl.load(row + 3, mask=here, other=0.0)
         C, o = tl.load(row + 4, mask=here, other=1.0), tl.load(row + 5, mask=here, other=0.0)
         D = A * C - B * B
-        here &= (A > 0) & (C > 0) & (D > 0) & (tl.abs(u + v + A + C + o) < float("inf"))
+        here &= (A > 0) & (C > 0) & (D > 0)
         D = tl.where(here, D, 1.0)
         if MODE == 0:
             mid = (A + C) / (2 * D)
@@ -200,14 +200,14 @@ def tile_lists(
     """The lists of an image's tiles, from table (N, 9), depth (N,), visible (N,) bool.
 
     ids (P,) sorted by tile, depth, index; starts (tiles + 1,); slot (P,) where each was emitted; order (V,) the visible
-    Gaussians by depth and counts (V,) their pairs. BadInput: mode, tile, dtype, no GPU, or 2^31 pairs.
+    and finite Gaussians by depth and counts (V,) their pairs. BadInput: mode, tile, dtype, no GPU, or 2^31 pairs.
     """
-    need(use_kernels(table.device), f"backend triton needs a GPU and the package triton; here is {table.device}")
+    need(use_kernels(table.device), f"these kernels need a GPU and the package triton; here is {table.device}")
     need(mode in MODES, f"unknown tiles {mode!r}; choose from {', '.join(MODES)}")
     need(tile in (4, 8, 16), f"tiles on a GPU have 4, 8 or 16 pixels, got {tile}: pass --tile 16")
     need(table.dtype == torch.float32, f"splats on a GPU are float32, got {table.dtype}: convert the model")
     table, columns, rows, device = table.contiguous(), -(-width // tile), -(-height // tile), table.device
-    order = visible.nonzero().flatten()
+    order = (visible & table.isfinite().all(dim=1)).nonzero().flatten()
     order = order[torch.argsort(depth[order], stable=True)]
     n, grid = len(order), (triton.cdiv(len(order), 32),)
     how = {"TILE": tile, "MODE": MODES.index(mode), "BLOCK": 32, "num_warps": 1}
