@@ -112,7 +112,7 @@ def test_quick_runs_from_any_folder(name, quick_runs):
     if "metrics.jsonl" not in written:
         found.append("--quick writes no metrics.jsonl. Write run = report.Run(cfg.out, cfg, w), then run.log(...).")
     elif json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["config"].get("quick") is not True:
-        found.append("metrics.jsonl does not say that the run was quick. Give report.Run the settings that ran, with quick among them.")
+        found.append("metrics.jsonl does not say that the run was quick. Give report.Run the settings that ran.")
     if "claim.json" in written:
         found.append("--quick writes claim.json, which holds verdicts of full runs only. Return before run.claim.")
     report(name, found)
