@@ -9,7 +9,7 @@ Here     The claim we check: trained on up to 3 digits, which all models learn, 
          and FIRE do not. Trained on up to 8 digits, it adds 10, at less than 1/100000 of the paper's compute.
 Differs  - A model of 0.3 M parameters with LayerNorm before each part; --norm post is the released shape.
          - A curriculum: digits and offsets grow from 1 over the first steps, so short sums come first.
-         - One offset per example, 1 in a quarter of them; up to 10 for 3 digits, 30 for 8, where the paper has 100 for 20.
+         - One offset per example, 1 in a quarter of them; up to 10 for 3 digits, 30 for 8. The paper has 100 for 20.
          - The loop starts at zero, not at noise. All its rounds have gradients; --loss progressive is the paper's.
          - Muon on the matrices of the layers, not AdamW. Fresh problems in every step, whose schedule is in steps.
 
