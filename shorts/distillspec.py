@@ -199,10 +199,10 @@ def deviation(target: Net, draft: Net, prompts: Tensor, cfg: Config, check=verif
 
 
 def judge(found: dict[str, dict], exact: float, wrong: float) -> tuple[bool, str]:
-    """(the claim holds, its numbers). exact, wrong: deviations of output and control. Bars fixed before the runs."""
+    """(the claim holds, its numbers). exact, wrong: deviations of output, control. Bars before the runs, fkl after."""
     ours, rivals = found["tvd on own text"]["per pass"], ("next token", "next token, 4 x steps")
     token, four = (ours / found[way]["per pass"] - 1 for way in rivals)
-    data = ours / max(found[way]["per pass"] for way in ("fkl on data", "tvd on data")) - 1  # fkl added after the runs
+    data = ours / max(found[way]["per pass"] for way in ("fkl on data", "tvd on data")) - 1
     here = f"{ours:.3f} tokens per pass, {token:+.1%} over next-token loss, {data:+.1%} over real text; "
     here += f"{four:+.1%} over 4 x the steps; output off by {exact:.1f} s.d. (wrong redraw {wrong:.0f})"
     return token >= 0.04 and four >= 0.03 and data > 0 and abs(exact) <= 3 and wrong >= 10, here
