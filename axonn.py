@@ -908,9 +908,9 @@ def demo(cfg: Config, w: cluster.World) -> None:
 
 
 def draw(times: dict, figure, axes) -> None:
-    for d, point in times.items():
-        axes.plot(*point, "o", color="C0")
-        axes.annotate(show(d), point, xytext=(4, 4), textcoords="offset points")
+    for marker, d in zip("os^Dv<>pPX*", sorted(times, key=times.get), strict=False):
+        axes.plot(*times[d], marker, label=show(d))
+    axes.legend(frameon=False, fontsize=8)
     axes.set(xlabel="predicted communication, ms", ylabel="measured step, ms", xmargin=0.2, ymargin=0.15)
 
 
