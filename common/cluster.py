@@ -54,9 +54,7 @@ def world(device: str = "auto") -> Iterator[World]:
     cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     gpus = torch.cuda.device_count()
     if cuda and local >= gpus:
-        raise BadInput(
-            f"local rank {local} needs a GPU, and here are {gpus}. Lower --nproc-per-node or pass --device cpu."
-        )
+        raise BadInput(f"local rank {local} has no GPU: here are {gpus}. Lower --nproc-per-node or pass --device cpu.")
     dev = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(dev)
