@@ -867,6 +867,7 @@ def judge(found: dict, seen: dict, idle: int, times: dict, recited: dict) -> tup
 
 
 def demo(cfg: Config, w: cluster.World) -> None:
+    """All five parts on w's ranks, 4 or 8 of them; rank 0 prints and draws. BadInput: too few ranks for its grids."""
     run, alone, four = report.Run(cfg.out, cfg, w), curve(Grid(), cfg.seed, False)[0], grids(4)
     made = {d: Grid(*d) for d in [*four, *[(2, 2, 2, 1)] * (w.size == 8)]}  # made by all, used by the first
     found, seen, idle, took = {}, {}, 0, {}
@@ -953,8 +954,7 @@ def bench(cfg: Config, w: cluster.World) -> None:
     rows = [[*key, 1e3 * t, 1e3 * spread, f"{flop / t / ceiling:.0%}"] for key, (t, spread) in took.items()]
     title = (f"{report.device_name(w.device)}, {n} ranks, {cfg.model}, {cfg.dtype}, {cfg.batch * c.seq} tokens a step, "
              f"CUDA_DEVICE_MAX_CONNECTIONS {os.environ.get('CUDA_DEVICE_MAX_CONNECTIONS', 'not set')}")  # fmt: skip
-    head = ["step", "overlap", "ms", "+-", "FLOP a second, of a product's"]
-    w.print(title + "\n" + report.table(head, rows))
+    w.print(title + "\n" + report.table(head := ["step", "overlap", "ms", "+-", "FLOP a second, of a product's"], rows))
     if w.main:
         report.write_json(f"{cfg.out}/bench.json", {"title": title, "head": head, "rows": rows})
 
