@@ -53,16 +53,16 @@ from common.weights import rotate
 #
 # Numbers are written least significant digit first, one token a character, so 97 + 8 = 105 becomes
 #
-#     text       7   9   +   8   =   5   0   1
-#     offset 1   1   2   0   1   0   1   2   3        in testing
-#     offset 30  30  31  0   30  0   30  31  32       in training: random, the same for the whole example
+#     text                  7   9   +   8   =   5   0   1
+#     place, offset = 1     1   2   0   1   0   1   2   3        in testing
+#     place, offset = 30    30  31  0   30  0   30  31  32       in training: random, the same for the whole example
 
 
 def digit_positions(ids: Tensor, digit_ids, offset: int | Tensor = 1) -> Tensor:
     """Place of each digit in its number, counted from `offset`, and 0 for all other tokens: (B, T) -> (B, T) int64.
 
     digit_ids: the tokens that are digits. offset: a whole number of at least 1, or such numbers (B, 1).
-    A place depends on the tokens before it alone. Two numbers without a token between them count as one. ValueError."""
+    A place depends on the tokens before it alone. Numbers side by side are one. ValueError: other ids or offsets."""
     offset = torch.as_tensor(offset)
     if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"ids must be integer token ids (batch, time), got {ids.dtype} {tuple(ids.shape)}")
@@ -70,7 +70,7 @@ def digit_positions(ids: Tensor, digit_ids, offset: int | Tensor = 1) -> Tensor:
         raise ValueError(f"offset must be a whole number >= 1, or one for each row (batch, 1), got {offset}")
     digit = torch.isin(ids, torch.as_tensor(digit_ids, device=ids.device))  # (B, T)
     t = torch.arange(ids.shape[1], device=ids.device)
-    before = torch.where(digit, -1, t).cummax(dim=1).values  # the newest token that is no digit, -1 for none so far
+    before = torch.where(digit, -1, t).cummax(dim=1).values  # where the last token that is no digit stood, or -1
     return torch.where(digit, t - before - 1 + offset.to(ids.device), 0)
 
 
@@ -97,7 +97,7 @@ class AbacusEmbedding(nn.Module):
 
 
 def loop(layers, e: Tensor, R: int, x: Tensor | None = None, injection: str = "layer") -> Tensor:
-    """Apply the layers R times to x, which starts at zero. The embedded input e enters again on the way: all (B, T, C).
+    """Apply the layers R times to x (None: zero). The embedded input e enters again on the way: all (B, T, C).
 
     injection: "layer" adds e before every layer, "recurrence" before every round (the paper's looped model), and
     "none" only at the start."""

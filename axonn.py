@@ -45,7 +45,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 from torch.utils.checkpoint import checkpoint
@@ -59,7 +59,7 @@ from common.weights import open_weights, rope_frequencies, rotate
 #
 # I (m, k)  a layer's input, m tokens     W (n, k)  its weight, as PyTorch stores it     O (m, n)  its output
 # Gx Gy Gz Gd  the grid's sizes           Z splits m, Y splits k, X splits n             m/Gz, k/Gy ...  a rank's part
-# Z splits the rows of W once more, and D shares the tokens among copies of all this, whose gradients finish() sums.
+# Z splits a block's rows of W as well. The fourth axis, d, gives copies of all this other tokens; finish() sums over d.
 # Every second layer exchanges X and Y (down "x", across "y"), so that it takes I as the layer before it left O.
 
 
@@ -922,7 +922,7 @@ def torch_step(c: GPTConfig, shard: bool, rows: int, w: cluster.World) -> Callab
     """The same model and step by torch alone: FSDP2 over its blocks, or DDP."""
     model = GPT3D(c, Grid())
     for part in [*model.blocks, model] if shard else ():
-        fully_shard(part)
+        fully_shard(part, mp_policy=MixedPrecisionPolicy(getattr(torch, c.dtype)))
     net = model if shard else nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-4, fused=w.device.type == "cuda")
     ids = Grid(1, 1, 1, w.size).mine(torch.randint(c.vocab, (rows, c.seq + 1), generator=cluster.generator(0)))

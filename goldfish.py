@@ -47,7 +47,7 @@ from common.weights import open_weights, rope_frequencies, rotate
 # %% the method: which targets have a loss
 #
 # x_i  target i, which logits i predict      G_i  1 if target i has a loss, 0 if it is dropped
-# k    one target in k is dropped, on average   h    tokens whose product is hashed: 4 and 13 in the paper
+# k    one target in k is dropped, on average: 4    h    tokens whose product is hashed: 13
 # L_G = -(1 / |G|) sum_i G_i log P(x_i | x_<i),   |G| = sum_i G_i                                    (Section 3)
 
 
@@ -67,7 +67,7 @@ def goldfish_mask(
 
     hash: drop where the product of h tokens, looked up in a table of uniforms, falls below 1/k. The h tokens end at the
     target (released code) or just before it (window "context", the paper's text). static: every k-th column.
-    random: each target afresh, from `generator`. ValueError: k < 2, or rows without one full window, or flat targets.
+    random: each target afresh, from `generator`. ValueError: k < 2, or no rows of ids, or rows without a full window.
     """
     if targets.ndim != 2 or targets.is_floating_point():
         raise ValueError(f"targets must be rows of token ids (B, L), not {targets.dtype} {tuple(targets.shape)}")
@@ -80,7 +80,7 @@ def goldfish_mask(
         return torch.rand(targets.shape, generator=generator).to(targets.device) < 1 / k
     product = targets.long().unfold(1, h, 1).prod(dim=2)  # (B, L - h + 1), wraps at 2^64
     drop = hash_table().to(targets.device)[product % len(hash_table())] < 1 / k
-    return F.pad(drop, (h - 1 + ahead, 0))[:, :L]  # shifted right: the first ones, without a window, are kept
+    return F.pad(drop, (h - 1 + ahead, 0))[:, :L]  # shifted right: the first h - 1 have no window, they are kept
 
 
 def goldfish_loss(logits: Tensor, targets: Tensor, k: int = 4, h: int = 13) -> Tensor:
@@ -102,14 +102,14 @@ def kept_loss(logits: Tensor, targets: Tensor, keep: Tensor) -> Tensor:
 def head_loss(hidden: Tensor, head: Tensor, targets: Tensor, keep: Tensor, chunk: int = 2048) -> Tensor:
     """kept_loss of the logits hidden (B, L, C) @ head (V, C)^T, for 6 (1 - 1/k) B L C V FLOP instead of 6 B L C V.
 
-    The mask depends on the tokens alone, so every rank knows |G| of the whole step without asking the others."""
+    Every rank makes the mask of the whole batch, so it knows |G| of the step without asking the others."""
     kind = hidden.device.type  # torch 2.13's function does not follow autocast by itself
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     x, y, W = hidden[keep].to(dtype), targets[keep].long(), head.to(dtype)  # (n, C), (n,), (V, C)
     if hasattr(F, "linear_cross_entropy"):  # torch 2.13, whose own choice of chunks is several times slower on a CPU
         how = nn.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
         return F.linear_cross_entropy(x, W, y, reduction="none", options=how).float().sum()  # a bf16 sum would round
-    part = lambda a, b: F.cross_entropy(F.linear(a, W).float(), b, reduction="sum")  # its logits are made twice
+    part = lambda a, b: F.cross_entropy(F.linear(a, W).float(), b, reduction="sum")  # makes its logits twice
     return sum(checkpoint(part, a, b, use_reentrant=False) for a, b in zip(x.split(chunk), y.split(chunk), strict=True))
 
 

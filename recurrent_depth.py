@@ -49,10 +49,10 @@ from common.text import Tokenizer, checksum, corpus
 from common.weights import open_weights, package, read_json, rope_frequencies, safetensors
 
 # %% the method
-# e    the embedded tokens after the prelude       P, R, C  prelude, core, coda, of l_P, l_R, l_C layers
+# e    the embedded tokens after the prelude       P, R, C  prelude, core, coda (in shapes, C is the width)
 # s_i  the state after i iterations, s_0 is noise  n, k     iterations without and with gradient, r = n + k
 #
-#     e = P(x),    s_i = R(e, s_{i-1}) for i = 1..r,    p = C(s_r)                       arXiv:2502.05171, Section 3
+#     e = P(x),    s_i = R(e, s_{i-1}) for i = 1..r,    p = C(s_r)    x ids, p logits    arXiv:2502.05171, Section 3
 
 
 def think(prelude, core, coda, ids: Tensor, s: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def think(prelude, core, coda, ids: Tensor, s: Tensor, n: int, k: int) -> tuple[
 
 def initial_state(B: int, T: int, shape: "Shape", generator=None) -> Tensor:
     """s_0 (B, T, C): noise, so that the core cannot rely on where it starts. A retrofitted model's noise is smaller."""
-    std = math.sqrt(0.4 / (1 if shape.qk_bias else shape.n_embd))
+    std = math.sqrt(0.4 / (1 if shape.qk_bias else shape.n_embd))  # qk_bias: trained from scratch, as Huginn was
     return nn.init.trunc_normal_(torch.empty(B, T, shape.n_embd), std=std, a=-3 * std, b=3 * std, generator=generator)
 
 
@@ -200,7 +200,7 @@ class Block(nn.Module):
 
 
 class RecurrentDepthLM(nn.Module):
-    """A language model whose depth l_P + r l_R + l_C is chosen at each call. Parameter names are the release's."""
+    """A language model whose depth is chosen at each call. Names of parameters are the release's."""
 
     def __init__(self, shape: Shape, seed: int = 0):
         super().__init__()

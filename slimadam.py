@@ -56,7 +56,7 @@ from common.text import Tokenizer, checksum, corpus
 #
 # K     axes that are averaged: (1,) leaves one number per row, (0,) one per column, () one per weight, as in Adam
 # line  what is averaged into one number: a row for K = (1,), a column for K = (0,)
-# m, v  running means of g and g^2; v has length 1 along K        q     this step's mean of g^2 along K
+# m, v  running means of the gradient g and of g^2; v has length 1 along K        q  this step's mean of g^2 along K
 # c1    1 - beta1^t, c2 = 1 - beta2^t: what corrects the start at zero in step t = 1, 2, ...
 
 

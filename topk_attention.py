@@ -142,7 +142,7 @@ def merge_lse(o1: Tensor, l1: Tensor, o2: Tensor, l2: Tensor) -> tuple[Tensor, T
 
 
 def released_lists(k: Tensor):
-    """The released code's index as a choose() for KVStore: k-means lists of about 1000 keys, trained on the first
+    """The released code's index as a choose() for KVStore: k-means lists of 1000 keys or more, trained on the first
     100 000. A query reads the 8 lists whose centres score highest, and never sees the others: this is approximate."""
     N, heads = k.shape[1], []
     count = math.ceil(N / 1000) if N <= 900_000 else math.ceil(math.sqrt(N))

@@ -1,6 +1,5 @@
 """Process group, device, seeds and checkpoint files, on one process or many, under torchrun or plain python."""
 
-import errno
 import gc
 import json
 import logging
@@ -11,18 +10,19 @@ import signal
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from common.cli import BadInput
 
@@ -89,12 +89,11 @@ def two_processes(cfg) -> None:
 
 
 def start_again(size: int) -> None:
-    """Run this script again as `size` ranks of one machine, and end as the first of them that fails, or with 0."""
+    """Run this script again by torchrun as `size` ranks, and end as the first of them that fails, or with 0."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what is wrong
-    meet = {"run_id": str(os.getpid()), "rdzv_backend": "c10d", "rdzv_endpoint": "127.0.0.1:0"}
     try:
-        elastic_launch(LaunchConfig(1, 1, size, max_restarts=0, **meet), sys.executable)(*sys.argv)
+        torchrun.main(["--standalone", "--nproc-per-node", str(size), *sys.argv])
     except ChildFailedError as e:
         sys.exit(e.get_first_failure()[1].exitcode)
     except (KeyboardInterrupt, SignalException):
@@ -151,20 +150,25 @@ def set_aside(path: str | Path) -> None:
         os.replace(p, f"{p}.old")
 
 
-def newest(path: str | Path, fault: Callable[[Path], str]) -> Path:
-    """PATH, or PATH.previous with a warning where fault(PATH) says what is wrong with it; "" means whole.
+def _newest(path: str | Path, read: Callable):
+    """read(PATH), or read(PATH.previous) with a warning where PATH is damaged.
 
     FileNotFoundError: there is none. BadInput: there are only damaged ones.
     """
-    found, faults = [p for p in (Path(path), Path(f"{path}.previous")) if p.exists()], []
-    if not found:
+    faults = []
+    for p in filter(Path.exists, (Path(path), Path(f"{path}.previous"))):
+        try:
+            state = read(p)
+        except Exception as e:  # a damaged file can make torch raise nearly anything
+            if isinstance(e, (MemoryError, PermissionError)) or "allocate memory" in str(e):
+                raise  # no memory and no right to read are not damage
+            faults.append(f"{p} is damaged ({(str(e) or repr(e)).splitlines()[0]})")
+            continue
+        if faults and (not dist.is_initialized() or dist.get_rank() == 0):
+            print(f"warning: {faults[0]}. Using {p} instead.", flush=True)
+        return state
+    if not faults:
         raise FileNotFoundError(f"no checkpoint at {path}. Train first, or pass the right --out.")
-    for p in found:
-        if not (wrong := fault(p)):
-            if faults and (not dist.is_initialized() or dist.get_rank() == 0):
-                print(f"warning: {faults[0]}. Using {p} instead.", flush=True)
-            return p
-        faults.append(f"{p} is damaged: {wrong}")
     raise BadInput("; ".join(faults) + ". Restore a copy, or move it away and start again without --resume.")
 
 
@@ -184,51 +188,30 @@ def save(path: str | Path, state: dict) -> None:
         raise OSError(f"cannot write {path}: {e}. Free space or pass --out.") from e
 
 
-def _file_fault(path: Path) -> str:
-    try:
+def load(path: str | Path) -> dict:
+    """The state written by save(), on the CPU, mapped from the file. Errors and fallback as _newest()."""
+
+    def read(path: Path) -> dict:
         with zipfile.ZipFile(path) as z:  # torch.load does not verify every byte; the archive's checksums do
             if bad := z.testzip():
-                return f"record {bad} has another checksum"
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return "" if isinstance(state, dict) else f"it holds a {type(state).__name__}: no checkpoint of these scripts"
-    except pickle.UnpicklingError:
-        return "it holds more than tensors and numbers: no checkpoint of these scripts"
-    except Exception as e:  # a damaged file can make torch raise nearly anything
-        readable = not isinstance(e, OSError) or e.errno == errno.EINVAL
-        if not readable or isinstance(e, MemoryError) or "allocate memory" in str(e):
-            raise  # no memory or no right to read is not damage
-        return f"not a complete file ({(str(e) or repr(e)).splitlines()[0]})"
+                raise ValueError(f"record {bad} has another checksum")
+        try:
+            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+        except (TypeError, pickle.UnpicklingError) as e:
+            raise ValueError("it holds something else than a checkpoint of these scripts") from e
 
-
-def load(path: str | Path) -> dict:
-    """The state written by save(), on the CPU, mapped from the file. Errors and fallback as newest()."""
-    return torch.load(newest(path, _file_fault), map_location="cpu", weights_only=True, mmap=True)
+    return _newest(path, read)
 
 
 # %% sharded checkpoints: a folder of torch.distributed.checkpoint, our facts.json and checksums.json
 
 
-def _checksums(files: list[Path]) -> dict[str, int]:
-    """CRC-32 of the ranks' files by name, on every rank; missing ones are left out. Collective."""
-    found, parts = {}, [None] * dist.get_world_size()
-    for path in filter(Path.exists, files):
-        crc = 0
-        with open(path, "rb") as f:
-            while piece := f.read(2**24):
-                crc = zlib.crc32(piece, crc)
-        found[path.name] = crc
-    dist.all_gather_object(parts, found)
+def _checksums(files: Iterable[Path]) -> dict[str, int]:
+    """CRC-32 of the files that each rank gives, by name, on every rank; missing ones are left out. Collective."""
+    mine = {p.name: zlib.crc32(np.memmap(p, mode="r")) for p in files if p.exists() and p.stat().st_size}
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
     return {name: crc for part in parts for name, crc in part.items()}
-
-
-def _folder_fault(folder: Path) -> str:
-    try:
-        want = json.loads((folder / "checksums.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return "its list of checksums, written last, is missing or cut"
-    found = _checksums([folder / name for name in sorted(want)[dist.get_rank() :: dist.get_world_size()]])
-    bad = [name for name in want if found.get(name) != want[name]]
-    return f"{bad[0]} is missing, cut or changed" if bad else ""
 
 
 def save_sharded(folder: str | Path, state: dict) -> None:
@@ -255,12 +238,18 @@ def save_sharded(folder: str | Path, state: dict) -> None:
 
 
 def load_sharded(folder: str | Path, state: dict, check: Callable = lambda path, facts: None) -> dict:
-    """Fill `state` in place, resharding as needed; check(path, facts) may refuse first. Collective. See newest().
+    """Fill `state` in place, resharding as needed; check(path, facts) may refuse first. Collective. See _newest().
 
     torch.distributed.checkpoint unpickles what it reads: open sharded checkpoints only from people you trust.
     """
-    whole = newest(folder, _folder_fault)
-    facts = json.loads((whole / "facts.json").read_text())
-    check(whole, facts)
-    dcp.load(state, checkpoint_id=whole)
+
+    def whole(path: Path) -> tuple[Path, dict]:
+        want = json.loads((path / "checksums.json").read_text())  # written last
+        if _checksums(path / name for name in sorted(want)[dist.get_rank() :: dist.get_world_size()]) != want:
+            raise ValueError("a file is missing, cut or changed")
+        return path, json.loads((path / "facts.json").read_text())
+
+    path, facts = _newest(folder, whole)
+    check(path, facts)
+    dcp.load(state, checkpoint_id=path)
     return state | {"facts": facts}
