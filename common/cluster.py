@@ -185,7 +185,8 @@ def save(path: str | Path, state: dict) -> None:
     except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
         with suppress(OSError):
             tmp.unlink()
-        raise OSError(f"cannot write {path}: {e}. Free space or pass --out.") from e
+        why = e if isinstance(e, OSError) else "the disk is full"
+        raise OSError(f"cannot write {path}: {why}. Free space or pass --out.") from e
 
 
 def load(path: str | Path) -> dict:

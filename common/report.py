@@ -54,9 +54,10 @@ class Run:
         self.out, self.w, self.start, self.line = Path(out), w, time.perf_counter(), {}
         self.path, self.mode = self.out / "metrics.jsonl", asdict(cfg).get("mode", "demo")
         if w.main:
-            if self.out.is_file():
-                raise BadInput(f"--out {out} is a file. Pass the name of a folder.")
-            self.out.mkdir(parents=True, exist_ok=True)
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as e:
+                raise BadInput(f"--out {out} cannot be made a folder ({e.strerror}). Pass another --out.") from e
             if len(old := lines(self.path)) > 1:  # a run that ended before its first line replaces nothing
                 os.replace(self.path, self.path.with_suffix(f".{old[0].get('config', {}).get('mode', 'demo')}.jsonl"))
             head = {"config": asdict(cfg), "world": w.size, "torch": torch.__version__, "revision": revision()}

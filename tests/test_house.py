@@ -27,7 +27,7 @@ BUDGET = {
     "goldfish.py": 650, "abacus.py": 650, "slimadam.py": 800, "recurrent_depth.py": 850, "topk_attention.py": 850,
     "speedy_splat.py": 900, "axonn.py": 970, "common": 650, "common/kernels": 650, "README.md": 78,
 }  # fmt: skip
-WAITING = {"common": 867}  # over its budget of 650: the lines it has now
+WAITING = {"common": 869}  # over its budget of 650: the lines it has now
 NEW = [name for name in SCRIPTS if f"{name}.py" not in WAITING]
 
 
