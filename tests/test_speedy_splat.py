@@ -295,6 +295,17 @@ def test_settings_and_schedule_of_the_demo_and_of_the_paper():
     refuse("none is left to train; give at least 2", S.Trainer, data._replace(cameras=data.cameras[:1]), paper, two)
 
 
+def test_a_run_traces_the_scene_on_its_device_and_may_go_on_elsewhere(tmp_path, monkeypatch):
+    cfg, hit, traced = S.Config("train", resume=True, out=str(tmp_path), **SMALL | {"steps": 1}), S.first_hit, []
+    S.main(cfg)
+    monkeypatch.setattr(S, "first_hit", lambda o, d: traced.append(d.device.type) or hit(o, d * (1 + 1e-6)))
+    S.main(cfg)  # from the checkpoint, on a device that rounds otherwise
+    for run in (S.train, S.demo):
+        with pytest.raises(NotImplementedError, match="meta"):  # no number comes back from there
+            run(cfg, cluster.World(0, 1, torch.device("meta")))
+    assert traced[-4:] == ["meta"] * 4
+
+
 def test_the_verdict_fails_for_each_control():
     pairs = lambda v, a: {"vanilla": v, "snugbox": v, "accutile": a}
     plain, pruned, capped = ({"gaussians": n, "psnr": p, "pairs": x} for n, p, x in (
