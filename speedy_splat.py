@@ -67,7 +67,7 @@ def accutile(u, v, A, B, C, o, columns: int, rows: int, tile: int) -> Iterator[i
     edge is at the height nearest the right-most point's; the left is found in the same way from the left-most point."""
     if o < 1 / 255:
         return
-    t, ex, ey = snugbox(A, B, C, o)
+    t, ex, ey = snugbox(A, B, C, o)  # the caller's conic is that of an ellipse: A, C and A C - B^2 above 0
     tip = -B / C * ex  # height of the right-most point; the left-most one mirrors it
     for r in range(max(0, math.floor((v - ey) / tile)), min(rows - 1, math.floor((v + ey) / tile)) + 1):
         top, bottom = max(tile * r - v, -ey), min(tile * (r + 1) - v, ey)
