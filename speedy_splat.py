@@ -67,7 +67,7 @@ def accutile(u, v, A, B, C, o, columns: int, rows: int, tile: int) -> Iterator[i
     edge is at the height nearest the right-most point's; the left is found in the same way from the left-most point."""
     if o < 1 / 255:
         return
-    t, ex, ey = snugbox(A, B, C, o)
+    t, ex, ey = snugbox(A, B, C, o)  # the caller's conic is that of an ellipse: A, C and A C - B^2 above 0
     tip = -B / C * ex  # height of the right-most point; the left-most one mirrors it
     for r in range(max(0, math.floor((v - ey) / tile)), min(rows - 1, math.floor((v + ey) / tile)) + 1):
         top, bottom = max(tile * r - v, -ey), min(tile * (r + 1) - v, ey)
@@ -494,10 +494,10 @@ def scene_camera(i: int, views: int, size: int) -> Camera:
     return Camera(viewmat, 1.15 * size, 1.15 * size, size / 2, size / 2, size, size)
 
 
-def ray_trace(camera: Camera) -> Tensor:
+def ray_trace(camera: Camera, device="cpu") -> Tensor:
     """(H, W, 6): the mean colour of 3 x 3 rays a pixel, and where the middle one hits, inf for nowhere."""
     fine = camera.resized(3 * camera.width, 3 * camera.height)
-    viewmat, at = fine.viewmat, torch.arange(fine.width) + 0.5
+    viewmat, at = fine.viewmat.to(device), torch.arange(fine.width, device=device) + 0.5
     y, x = torch.meshgrid((at - fine.cy) / fine.fy, (at - fine.cx) / fine.fx, indexing="ij")
     d = F.normalize(torch.stack([x, y, torch.ones_like(x)], dim=-1).view(-1, 3), dim=1) @ viewmat[:3, :3]
     origin, sun = (-viewmat[:3, :3].T @ viewmat[:3, 3]).expand_as(d), d.new_tensor(LIGHT).expand_as(d)
@@ -511,10 +511,10 @@ def ray_trace(camera: Camera) -> Tensor:
     return torch.cat([both[..., :3].mean(dim=(1, 3)), both[:, 1, :, 1, 3:]], dim=-1)
 
 
-def procedural_scene(views=56, size=72, points=3000, seed=0) -> Dataset:
-    """Balls on a disc, from all around; points are what the training views hit."""
+def procedural_scene(views=56, size=72, points=3000, seed=0, device="cpu") -> Dataset:
+    """Balls on a disc, from all around; points are what the training views hit. `device` traces, the CPU keeps."""
     cameras, g = [scene_camera(i, views, size) for i in range(views)], cluster.generator(seed, 1)
-    found = torch.stack([ray_trace(camera) for camera in cameras])
+    found = torch.stack([ray_trace(camera, device).cpu() for camera in cameras])
     seen = found[[i for i in range(views) if i % 8]].view(-1, 6)
     seen = seen[torch.isfinite(seen).all(dim=1)]
     seen = seen[torch.randperm(len(seen), generator=g)[:points]]
@@ -728,9 +728,9 @@ def train(cfg: Config, w: cluster.World) -> None:
     """One run, with checkpoints; writes metrics.jsonl and model.ply."""
     run, show = report.Run(cfg.out, cfg, w), lambda x: report.progress(x, "pictures", w)
     data = (load_colmap(cfg.data, cfg.images, show) if cfg.data != "scene" else
-            procedural_scene(cfg.views, cfg.size, cfg.points, cfg.seed))  # fmt: skip
-    trainer = Trainer(data, cfg, w)
-    same = {"scene": float(data.points.double().sum()), "number of views per step": trainer.B}
+            procedural_scene(cfg.views, cfg.size, cfg.points, cfg.seed, w.device))  # fmt: skip
+    trainer = Trainer(data, cfg, w)  # of a ray-traced scene all settings are compared, and each device rounds its own
+    same = {"scene": cfg.data == "scene" or float(data.points.double().sum()), "number of views per step": trainer.B}
     for step in loop.steps(cfg, w, run, {"run": trainer}, cfg.steps, "train", f"{cfg.out}/checkpoint.pt", same):
         if (step + 1) % max(1, cfg.steps // 10) == 0 or step + 1 == cfg.steps:  # before the events of the step
             quality, n = evaluate(trainer.model, data, w, **trainer.look()), len(trainer.model["means"])
@@ -789,7 +789,7 @@ def demo(cfg: Config, w: cluster.World) -> None:
         few = {"size": 48, "views": 24, "points": 800, "steps": 160, "max_gaussians": 1500}
         cfg = replace(cfg, **{name: min(n, getattr(cfg, name)) for name, n in few.items()})
     run, lone, runs = report.Run(cfg.out, cfg, w), cluster.World(0, 1, w.device), {}
-    data = procedural_scene(cfg.views, cfg.size, cfg.points, cfg.seed)
+    data = procedural_scene(cfg.views, cfg.size, cfg.points, cfg.seed, w.device)
     plain = replace(cfg, soft_ratio=0.0, hard_ratio=0.0)
 
     def fit(trainer: Trainer, name: str, last: int) -> dict:
