@@ -558,7 +558,7 @@ def flops_per_iteration(cfg: GPTConfig, tokens: int, recompute: bool = True) -> 
 
 @dataclass
 class GPTConfig:
-    """Sizes of a GPT or Llama. 0: as many key/value heads as heads, 4 d_model, d_model / n_head."""
+    """Sizes of GPT or Llama. 0: as many key/value heads as heads, 4 d_model, d_model / n_head; replace() keeps them."""
 
     n_layer: int
     d_model: int
