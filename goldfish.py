@@ -6,7 +6,7 @@ Idea     Leave a pseudo-random 1/k of the targets without loss. The model reads 
          dropped ones. So when it recites, it must guess at each of them, and one wrong guess leads it off the text.
          A hash of the last h tokens decides, so a passage that comes again drops the same targets again.
 Here     The claim we check: text seen 150 times is recited after ordinary training, and not with k = 4 or 3. Recitation
-         breaks at dropped targets, which k = 4 guesses as a model that never saw the text does (within 0.05).
+         breaks at dropped targets, which k = 4 guesses as an untaught model does within 0.05 (not on seeds 3 and 4).
 Differs  - 0.5 M parameters, for LLaMA-2-7B and TinyLlama-1.1B. Rows of 65 tokens, for 2048: their first 12 targets have
            no whole window and are kept, so k = 4 drops 21 % and k = 3 27 %.
          - The hash window ends at the target, as in the released code; --window context is the paper's text.
@@ -20,7 +20,7 @@ Differs  - 0.5 M parameters, for LLaMA-2-7B and TinyLlama-1.1B. Rows of 65 token
     python goldfish.py audit --model smollm2 --data README.md       # the same attack on a real model and your text
     python goldfish.py bench                                        # the loss against what PyTorch offers
 
-Expect   "ordinary recites 1.00 of the texts, k=4 0.00, k=3 0.00" on CPU with seed 0, for 1 or 2 processes.
+Expect   "ordinary recites 1.00 of the texts, k=4 0.00, k=3 0.00" on CPU with seed 0, Python 3.11, 1 or 2 processes.
 Writes   results/goldfish/: metrics.jsonl, claim.json, goldfish.png; checkpoint.pt (train), audit.json, bench.json.
 """
 
@@ -306,8 +306,8 @@ class Config:
             (self.k == 1 or self.k < 2 * (self.mode == "bench"), f"--k {self.k}: give 2 or more; train: 0 is ordinary"),
             (not 0 < self.lr < math.inf, f"--lr {self.lr}: give a number above 0"),
             (self.d_model % 32 or self.vocab < 256, "--d-model is a multiple of 32, --vocab at least 256"),
-            (trains and need > self.block, f"--h {self.h} or a static --k {self.k} has no room in rows of --block "
-             f"{self.block}: no target would be dropped. Give --block {need} or more"),
+            (trains and (need > self.block or self.h > 24), f"--h {self.h} or a static --k {self.k} has no room in rows"
+             f" of --block {self.block}. Give --block {need} or more; products of over 24 ids are often 0 mod 2^64"),
             (self.model and (self.d_model, self.n_layer) != (128, 2), "--model: leave --d-model and --n-layer out"),
             (trains and shown > self.steps * (self.batch - (self.mode == "demo")), f"--canaries {self.canaries} x "
              f"--exposures {self.exposures} = {shown} exceed the rows of --steps x --batch; the demo needs others too"),
@@ -366,7 +366,7 @@ class Text:
         if n < need:
             what = f"{need} rows of {width} tokens are needed, it has {len(ids)} tokens"
             raise BadInput(f"the text is too small: {what}. Add text or lower --canaries.")
-        if isinstance(text, str):  # the least repeated rows become canaries and held-out ones; a .npy is not read whole
+        if len(ids) <= 2**24:  # the least repeated rows become canaries and held-out ones; no search in long texts
             alone = repeated(self.table)[order].argsort(stable=True)[: 2 * cfg.canaries]
             rest = torch.ones(n, dtype=torch.bool).index_fill(0, alone, False)
             order = torch.cat([order[alone], order[rest]])
@@ -485,7 +485,7 @@ RUNS = {  # row of the table -> settings, what the batches show
 
 
 def judge(found: dict[str, dict]) -> tuple[bool, str]:
-    """(the claim holds, its numbers): bars fixed before the runs."""
+    """(the claim holds, its numbers): bars fixed before the runs. The control was exchanged once, see the page."""
     plain, k4, k3, control = (found[name] for name in ("ordinary", "k=4", "k=3", "control"))
     gap = max(abs(f["val loss"] - plain["val loss"]) for f in (k4, k3))
     recited = plain["recited"] >= 0.9 and max(k4["recited"], k3["recited"]) <= 0.05

@@ -76,6 +76,8 @@ def run(main, config: type, presets: dict[str, dict] | None = None) -> None:
     except KeyboardInterrupt:
         os._exit(130)  # at once: peers blocked in a collective are torchrun's to stop
     except (BadInput, OSError, MemoryError, ModuleNotFoundError, RuntimeError) as e:
+        if sys.flags.dev_mode:  # python -X dev: all errors as tracebacks
+            raise
         if isinstance(e, RuntimeError):
             if "gloo/transport" not in str(e) and type(e).__module__ != "torch.distributed":
                 raise

@@ -1,5 +1,6 @@
 """Process group, device, seeds and checkpoint files, on one process or many, under torchrun or plain python."""
 
+import errno
 import gc
 import json
 import logging
@@ -160,8 +161,9 @@ def _newest(path: str | Path, read: Callable):
         try:
             state = read(p)
         except Exception as e:  # a damaged file can make torch raise nearly anything
-            if isinstance(e, (MemoryError, PermissionError)) or "allocate memory" in str(e):
-                raise  # no memory and no right to read are not damage
+            full = isinstance(e, MemoryError) or "allocate memory" in str(e)
+            if full or getattr(e, "errno", None) not in (None, errno.ENOENT, errno.EINVAL):
+                raise  # no memory, no right to read, a bad disk: not damage
             faults.append(f"{p} is damaged ({(str(e) or repr(e)).splitlines()[0]})")
             continue
         if faults and (not dist.is_initialized() or dist.get_rank() == 0):

@@ -34,8 +34,6 @@ def _weights() -> str:
 def pytest_collection_modifyitems(items):
     lost = _weights()
     for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
         if item.get_closest_marker("weights") and lost:
             item.add_marker(pytest.mark.skip(reason=lost))
 

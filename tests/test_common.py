@@ -393,6 +393,8 @@ def test_metrics_resume_drops_what_the_checkpoint_lacks(tmp_path):
     assert "measured" not in run.path.read_text()
     resume(20).log(step=30, loss=7.0)
     head, *rows = [json.loads(line) for line in run.path.read_text().splitlines()]
+    git = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert head["revision"].rstrip("+") == (git.stdout.strip() or "unknown")
     assert head["config"]["mode"] == "train" and head["world"] == 1 and head["torch"] == torch.__version__
     assert rows == [{"step": 10, "loss": 1.0}, {"step": 20, "loss": 2.0}, {"step": 30, "loss": 7.0}]
     report.Run(tmp_path, Settings("demo"), w)  # a run of another mode keeps them, and the resumed run finds them again
@@ -430,6 +432,36 @@ def test_a_text_is_told_from_one_that_is_longer_or_differs_anywhere():
     changed[-1] += 1
     assert len({text.checksum(x) for x in (ids, ids[:-1], changed, ids.reshape(9, -1)[:8])}) == 4
     assert text.checksum(ids) == text.checksum(ids.reshape(9, -1))
+
+
+def test_other_ranks_are_silent_and_a_file_is_replaced_as_a_whole(tmp_path, capsys, monkeypatch):
+    second = cluster.World(1, 2, torch.device("cpu"))
+    second.print("twice")
+    list(report.progress(range(3), "twice", second))
+    said = capsys.readouterr()
+    assert not said.out + said.err and report.progress(range(3), "once", second).disable
+    report.write_json(tmp_path / "a.json", 1)
+    monkeypatch.setattr(json, "dumps", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.write_json(tmp_path / "a.json", 2)
+    monkeypatch.setattr(os, "replace", lambda *_: 1 / 0)
+    monkeypatch.setattr(json, "dumps", lambda *_, **__: "2")
+    with pytest.raises(ZeroDivisionError):
+        report.write_json(tmp_path / "a.json", 2)
+    assert (tmp_path / "a.json").read_text() == "1\n"
+
+
+def test_a_bad_disk_is_not_damage(tmp_path, monkeypatch):
+    cluster.save(tmp_path / "c.pt", {"step": 1})
+    cluster.save(tmp_path / "c.pt", {"step": 2})
+    for error in (OSError(5, "Input/output error"), PermissionError(13, "Permission denied"), MemoryError()):
+
+        def fails(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(torch, "load", fails)
+        with pytest.raises(type(error)):
+            cluster.load(tmp_path / "c.pt")
 
 
 def test_claim(tmp_path, capsys):
@@ -546,6 +578,7 @@ def test_folder_and_gguf_agree(smollm2, tmp_path):
     for i, part in enumerate((names[:4], names[4:])):
         save_file({n: tensors[n].contiguous() for n in part}, tmp_path / f"{i}.safetensors")
     index = {n: "0.safetensors" if n in names[:4] else "1.safetensors" for n in names}
+    index["lm_head.weight"] = "0.safetensors"  # a copy of the embedding, which tied models need not read
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (tmp_path / "config.json").write_text(json.dumps(smollm2.config))
     folder = open_weights(str(tmp_path))

@@ -68,7 +68,8 @@ def test_windows_against_brute_force(window, h):
         for i, end in enumerate(range(1, 41) if window == "target" else range(40)):  # end: one past the window
             product = (math.prod(row[end - h : end]) + 2**63) % 2**64 - 2**63
             assert drop[i] == (end >= h and table[product % TABLE["size"]] < 1 / 3), (i, window)
-    pytest.raises(ValueError, G.goldfish_mask, targets[:, : h - (window == "target")], 3, h, window=window)  # no room
+    for bad in (targets[:, : h - (window == "target")], targets[0]):  # no room, no rows
+        pytest.raises(ValueError, G.goldfish_mask, bad, 3, h, window=window)
 
 
 def test_shift_invariance_nesting_and_edges_of_k():
@@ -196,7 +197,7 @@ def test_canaries_are_unique_and_shown_exactly_as_asked_and_ids_equal_text(tmp_p
     np.save(tmp_path / "ids.npy", Tokenizer(whole, 300).encode(whole).numpy().astype(np.uint16))
     ids = G.Text(replace(cfg, data=(f"{tmp_path}/ids.npy",)))
     assert isinstance(ids.table, np.memmap) and ids.batch(cfg, 3).shape == (8, 17)
-    assert torch.equal(ids.rows(index), text.rows(index)) and ids.rows(index).dtype == torch.int64
+    assert torch.equal(ids.canary, text.canary) and ids.canary.dtype == torch.int64
 
 
 def train_both(rank, size, accum, out):
@@ -289,8 +290,7 @@ row = lambda *v: dict(zip(("recited", "at dropped", "at placebo", "right dropped
 FOUND = {  # of the demo with seed 0
     "ordinary": row(1.0, None, None, 1.0, 2.823), "k=4": row(0.0, 1.0, 0.242, 0.225, 2.867),
     "k=3": row(0.0, 1.0, 0.313, 0.169, 2.886), "control": row(0.0, None, None, 0.230, 2.799),
-    "random": row(1.0, None, None, 1.0, 2.877),
-}  # fmt: skip
+    "random": row(1.0, None, None, 1.0, 2.877)}  # fmt: skip
 
 
 def test_verdict():
@@ -303,24 +303,20 @@ def test_verdict():
         assert not G.judge(FOUND | {name: FOUND[name] | change})[0], (name, change)
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        ("train --data short.txt --preset small", "too small"),
-        ("train --data large.npy --preset small", "token ids 300 to 300, the model 0 to 299"),
-        ("train --k 1", "give 2 or more; train: 0 is ordinary"),
-        ("train --h 16 --window context", "Give --block 17 or more"),
-        ("train --accum 3", "does not divide over 1 processes x --accum 3"),
-        ("audit --canaries 5", "go with --model"),
-        ("audit", "Train first"),
-    ],
-)
+@pytest.mark.parametrize("argv, message", [
+    ("train --data short.txt --preset small", "too small"),
+    ("train --data large.npy --preset small", "token ids 300 to 300, the model 0 to 299"),
+    ("train --k 1", "give 2 or more; train: 0 is ordinary"),
+    ("train --h 16 --window context", "Give --block 17 or more"), ("train --h 25 --block 30", "over 24 ids"),
+    ("train --accum 3", "does not divide over 1 processes x --accum 3"),
+    ("audit --canaries 5", "go with --model"), ("audit", "Train first"),
+])  # fmt: skip
 def test_bad_input(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("hello " * 50)
     np.save("large.npy", np.full(9**4, 300))
-    small = FLAGS if argv.startswith("train") else []
-    monkeypatch.setattr("sys.argv", ["goldfish.py", *argv.split()[:1], *small, *argv.split()[1:], "--out", "out"])
+    mode, *given = argv.split()
+    monkeypatch.setattr("sys.argv", ["goldfish.py", mode, *FLAGS * (mode == "train"), *given, "--out", "out"])
     with pytest.raises(SystemExit) as stopped:
         cli.run(G.main, G.Config, G.PRESETS)
     said = capsys.readouterr().err.strip().splitlines()[-1]
