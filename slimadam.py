@@ -683,8 +683,8 @@ def judge(found: dict, looks: dict) -> tuple[bool, str]:
         cost &= found[name, best]["kept"] == found[other, best]["kept"] and gap[other] >= max(2 * gap[name], 1e-9)
     pair = lambda name: f"{gap[name]:+.3f} (other axes {gap[name + ' swapped']:+.3f})"
     return worst <= -0.85 and right >= 0.9 * tensors and near and cost and saved >= 0.97, (
-        f"{saved:.1%} of v removed, behind Adam by {gap['static']:+.3f} (static), {gap['derived']:+.3f} (derived); "
-        f"Spearman {worst:.2f}, better axis {right} of {tensors}; at Adam's best rate {best:g}: derived "
+        f"{saved:.1%} of v removed, validation loss {gap['static']:+.3f} (static), {gap['derived']:+.3f} (derived) "
+        f"over Adam's; Spearman {worst:.2f}, better axis {right} of {tensors}; at Adam's best rate {best:g}: derived "
         f"{pair('derived')}, static {pair('static')}, AdaLayer {gap['adalayer']:+.3f}; "
         f"nearer to Adam: {'yes' if near else 'no'}, other axes twice the cost: {'yes' if cost else 'no'}"
     )

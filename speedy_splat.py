@@ -777,9 +777,9 @@ def judge(plain: dict, pruned: dict, capped: dict, probe: dict) -> tuple[bool, s
     tiles = off < 1e-9 and share <= 0.75 and far <= 0.6 and left <= 1 / 3
     scores = score < 0.5 and opacity - score >= 0.3 and chance - score >= 3
     return tiles and scores and drop <= 1.5 and pruned["psnr"] > capped["psnr"], (
-        f"same image from {share:.2f} of the pairs, half the Gaussians pruned for {score:.2f} dB; by opacity for "
-        f"{opacity:.2f}, at random {chance:.2f}; {far:.2f} of the pairs at 400 px; trained with pruning {left:.2f}, "
-        f"PSNR {plain['psnr']:.2f} -> {pruned['psnr']:.2f} dB, capped at as many Gaussians {capped['psnr']:.2f}"
+        f"same image from {share:.2f} of the pairs, half the Gaussians pruned for {score:.2f} dB (limit 0.5); by "
+        f"opacity for {opacity:.2f}, at random {chance:.2f}; {far:.2f} of the pairs at 400 px; trained with pruning "
+        f"{left:.2f}, PSNR {plain['psnr']:.2f} -> {pruned['psnr']:.2f} dB, capped at as many {capped['psnr']:.2f}"
     )
 
 

@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     known, status = rows(), 0
     if unknown := sorted(set(args.names) - set(known)):
-        parser.error(f"no row for {', '.join(unknown)}; the README's tables have {', '.join(known)}")
+        have = f"the README's tables have {', '.join(known)}"
+        parser.error(f"no row for {', '.join(unknown)}; {have}. CONTRIBUTING.md says how a row is added.")
     for name in args.names or known:
         start, out = time.time(), ROOT / "results" / name
         if args.quick:
@@ -114,6 +115,11 @@ def main(argv: list[str] | None = None) -> int:
             shutil.copyfile(picture, ROOT / "docs" / f"{'shorts_' if '/' in known[name] else ''}{name}.png")
         print(f"{name}: {'holds' if claim['holds'] else 'DOES NOT HOLD'}, {time.time() - start:.0f} s: {claim['here']}")
         status = status or not claim["holds"]
+        promised = re.findall(r'^Expect +"(.+?)"', (ROOT / known[name]).read_text(), re.M)
+        for words in (words for text in promised for words in text.split(" ... ")):
+            if words not in (out / "demo.log").read_text():
+                print(f"{name}: its header promises '{words}', which it did not print")
+                status = 1
     return int(status)
 
 

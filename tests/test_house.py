@@ -161,12 +161,20 @@ def test_readme_and_pages():
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md")]:
         for name, argv in commands(path.read_text()):
             parses(name, argv)
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", path.read_text()):
-            assert (path.parent / link).exists(), f"{path.name} links to {link}, which is not there"
+        for link, anchor in re.findall(r"\]\((?!https?:)([^)#]+)#?([^)]*)\)", path.read_text()):
+            assert (to := path.parent / link).exists(), f"{path.name} links to {link}, which is not there"
+            heads = re.findall(r"^#+ (.*)", to.read_text(), re.M) if anchor else []
+            anchors = ["", *(re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads)]
+            known = anchor in anchors or path.name == "CONTRIBUTING.md"  # which shows how
+            assert known, f"{path.name} links to {link}#{anchor}: {link} has no such heading"
     for m in claims.ROW.finditer(text):
         have = lines(ROOT / m[1])
         assert f"`{m[1]}` ({have})" in m[0], f"README's row of {m[1]} does not say that it has {have} lines"
         assert len(m[4].split()) <= 15 + m[4].endswith(" ..."), f"README: the result of {m[1]} has more than 15 words"
+    for name in {p.stem for p in ROOT.glob("shorts/*.py")} - {"TEMPLATE"}:
+        assert name in claims.rows(), f"README has no row of shorts/{name}.py: write it as CONTRIBUTING.md says"
+        page = (ROOT / "docs/shorts.md").read_text()
+        assert f"\n## {name}: " in page, f"docs/shorts.md has no part '## {name}: ...'"
     shown = {p.name for p in ROOT.glob("docs/*.png")}
     pages = text + "".join(p.read_text() for p in ROOT.glob("docs/**/*.md"))
     assert all(name in pages for name in shown), f"no page shows {[n for n in shown if n not in pages]}"
