@@ -698,7 +698,7 @@ def judge(found: dict[tuple, list[float]], real: list[float]) -> tuple[str, bool
     kept = []  # shares of dense for each length: at 2 %, first and recent rows, random rows
     for n in {n for _, n in found}:
         dense, *_, two, ends, blind = map(sum, zip(found["single", n], found["multivalue", n], strict=True))
-        kept.append((two / dense, ends / dense, blind / dense) if dense / 2 >= 0.3 else (0.0, 1.0, 1.0))
+        kept.append((two / dense, ends / dense, blind / dense) if dense / 2 >= 0.3 else (0.0, math.nan, math.nan))
     two, ends, blind = min(x[0] for x in kept), max(x[1] for x in kept), max(x[2] for x in kept)
     small = [real[-1] / real[0] if real[0] else 0.0] if real else []
     here = f"2 % of the rows keep {two:.2f} of dense, first+recent {ends:.2f}, random {blind:.2f}"
