@@ -175,6 +175,13 @@ def test_readme_and_pages():
         assert name in claims.rows(), f"README has no row of shorts/{name}.py: write it as CONTRIBUTING.md says"
         page = (ROOT / "docs/shorts.md").read_text()
         assert f"\n## {name}: " in page, f"docs/shorts.md has no part '## {name}: ...'"
+    for name in SCRIPTS:  # an edit that a page proposes can be made
+        source, edits = (
+            (ROOT / f"{name}.py").read_text(),
+            (ROOT / f"docs/{name}.md").read_text().split("## Change it")[1],
+        )
+        for old in [*re.findall(r"\bIn `(\w+)`", edits), *re.findall(r"write\s+`[^`]+`\s+for\s+`([^`]+)`", edits)]:
+            assert old.split("...")[0] in source, f"docs/{name}.md changes {old}, which {name}.py does not have"
     shown = {p.name for p in ROOT.glob("docs/*.png")}
     pages = text + "".join(p.read_text() for p in ROOT.glob("docs/**/*.md"))
     assert all(name in pages for name in shown), f"no page shows {[n for n in shown if n not in pages]}"
