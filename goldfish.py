@@ -306,8 +306,8 @@ class Config:
             (self.k == 1 or self.k < 2 * (self.mode == "bench"), f"--k {self.k}: give 2 or more; train: 0 is ordinary"),
             (not 0 < self.lr < math.inf, f"--lr {self.lr}: give a number above 0"),
             (self.d_model % 32 or self.vocab < 256, "--d-model is a multiple of 32, --vocab at least 256"),
-            (trains and (need > self.block or self.h > 24), f"--h {self.h} or static --k {self.k}: rows of {self.block} "
-             f"have no room, or products of over 24 ids are mostly 0. Give --block {need} or more, --h 24 or less"),
+            (trains and (need > self.block or self.h > 24), f"--h {self.h} or static --k {self.k}: rows of {self.block}"
+             f" have no room, or products of over 24 ids are mostly 0. Give --block {need} or more, --h 24 or less"),
             (self.model and (self.d_model, self.n_layer) != (128, 2), "--model: leave --d-model and --n-layer out"),
             (trains and shown > self.steps * (self.batch - (self.mode == "demo")), f"--canaries {self.canaries} x "
              f"--exposures {self.exposures} = {shown} exceed the rows of --steps x --batch; the demo needs others too"),
