@@ -235,7 +235,7 @@ def main(cfg: Config) -> None:
                 axis.plot(spent, torch.tensor(best).mean(dim=1), label=name)
             axis.axhline(max(found[k] for k in ALIKE), ls="--", c="gray", label="best alike for all layers (held out)")
             axis.set(xlabel="evaluation examples spent", ylabel="best validation accuracy so far")
-            axis.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 0.05))
+            axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
         w.print(report.picture(f"{cfg.out}/model_merging.png", draw))
         if cfg.quick:
