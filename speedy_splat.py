@@ -18,7 +18,7 @@ Differs  - The demo is small and short: 4 times the learning rates, at most 8000
     python speedy_splat.py train --data DIR --images images_4       # your capture by the paper's settings; not run here
     python speedy_splat.py bench --model FILE.ply --data DIR        # your model's frames, by kind of tiles
 
-Expect   "same image from 0.65 of the pairs, half the Gaussians pruned for 0.59 dB" on CPU with seed 0.
+Expect   "same image, 0.65 of the pairs, half the Gaussians pruned for 0.59 dB" on CPU with seed 0.
 Writes   results/speedy_splat/: metrics.jsonl, claim.json, speedy_splat.png, *.ply; checkpoint.pt (train), bench.json.
 """
 
@@ -777,7 +777,7 @@ def judge(plain: dict, pruned: dict, capped: dict, probe: dict) -> tuple[bool, s
     tiles = off < 1e-9 and share <= 0.75 and far <= 0.6 and left <= 1 / 3
     scores = score < 0.5 and opacity - score >= 0.3 and chance - score >= 3
     return tiles and scores and drop <= 1.5 and pruned["psnr"] > capped["psnr"], (
-        f"same image from {share:.2f} of the pairs, half the Gaussians pruned for {score:.2f} dB (limit 0.5); by "
+        f"same image, {share:.2f} of the pairs, half the Gaussians pruned for {score:.2f} dB (limit 0.5); by "
         f"opacity for {opacity:.2f}, at random {chance:.2f}; {far:.2f} of the pairs at 400 px; trained with pruning "
         f"{left:.2f}, PSNR {plain['psnr']:.2f} -> {pruned['psnr']:.2f} dB, capped at as many {capped['psnr']:.2f}"
     )
