@@ -4,7 +4,6 @@ import functools
 import json
 import math
 import re
-import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import finish, kill, run_ranks, run_script, start_ranks
+from ranks import finish, kill, run_ranks, start_ranks
 
 import goldfish
 import recurrent_depth as R
-from common import cluster
+from common import cli, cluster
 from common.cli import BadInput
 
 DATA = Path(__file__).parent / "data" / "recurrent_depth"
@@ -281,7 +280,7 @@ def test_ranks_match_one_process(tmp_path):
             assert all(torch.allclose(torch.as_tensor(a[k]), torch.as_tensor(b[k]), 0, 1e-9) for k in a if k != "run")
 
 
-def test_kill_and_resume(tmp_path):
+def test_kill_and_resume(tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     (whole / "model").mkdir(parents=True)
     (whole / "model" / "tokenizer.json").write_text("of an earlier run")
@@ -289,14 +288,15 @@ def test_kill_and_resume(tmp_path):
     ranks, deadline = start_ranks(1, "recurrent_depth.py", *FLAGS, "--out", str(cut)), time.monotonic() + 300
     while not (cut / "checkpoint.pt").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    kill(ranks, signal.SIGKILL)
+    kill(ranks)
     assert cluster.load(cut / "checkpoint.pt")["facts"]["step"] < 60, "the run ended before it was killed"
     finish(start_ranks(1, "recurrent_depth.py", *FLAGS, "--resume", "--out", str(cut)), 300)
     metrics = [[json.loads(x) for x in (f / "metrics.jsonl").read_text().splitlines()[1:]] for f in (whole, cut)]
     assert metrics[0] == metrics[1] and len(metrics[0]) == 60
-    assert "parity, --block 8 --seed 0\nr   " in run_script("recurrent_depth.py", "eval", "--out", whole).stdout
+    look = lambda *more: R.main(cli.parse(R.Config, ["eval", "--out", str(whole), *more], R.PRESETS))
+    assert look() is None and "parity, --block 8 --seed 0\nr   " in capsys.readouterr().out
     assert R.load_weights(whole / "model").shape.n_out == 2 and not (whole / "model" / "tokenizer.json").exists()
-    assert "needs a model of bytes" in run_script("recurrent_depth.py", "eval", "--prompt", "a", "--out", whole).stderr
+    pytest.raises(BadInput, look, "--prompt", "a").match("needs a model of bytes")
 
 
 def test_alarms_and_rows():
