@@ -366,7 +366,7 @@ class Text:
         if n < need:
             what = f"{need} rows of {width} tokens are needed, it has {len(ids)} tokens"
             raise BadInput(f"the text is too small: {what}. Add text or lower --canaries.")
-        if len(ids) <= 2**24:  # the least repeated rows become canaries and held-out ones; no search in long texts
+        if isinstance(text, str) or len(ids) <= 2**24:  # the least repeated rows become canaries and held-out ones
             alone = repeated(self.table)[order].argsort(stable=True)[: 2 * cfg.canaries]
             rest = torch.ones(n, dtype=torch.bool).index_fill(0, alone, False)
             order = torch.cat([order[alone], order[rest]])

@@ -187,7 +187,7 @@ def save(path: str | Path, state: dict) -> None:
     except (OSError, RuntimeError) as e:  # torch reports a full disk as RuntimeError
         with suppress(OSError):
             tmp.unlink()
-        why = e if isinstance(e, OSError) else "the disk is full"
+        why = e if isinstance(e, OSError) else f"is the disk full? {e}"
         raise OSError(f"cannot write {path}: {why}. Free space or pass --out.") from e
 
 
@@ -232,8 +232,7 @@ def save_sharded(folder: str | Path, state: dict) -> None:
         if main:
             shutil.rmtree(tmp, ignore_errors=True)
         raise OSError(f"cannot write {folder}: {why}. Free space or pass --out.") from e
-    mine = [*tmp.glob(f"__{dist.get_rank()}_*"), *([tmp / "facts.json", tmp / ".metadata"] if main else [])]
-    found = _checksums(mine)
+    found = _checksums([*tmp.glob(f"__{dist.get_rank()}_*"), *(tmp / n for n in ("facts.json", ".metadata") if main)])
     if main:
         (tmp / "checksums.json").write_text(json.dumps(found))
         _rotate(tmp, folder)
@@ -248,8 +247,9 @@ def load_sharded(folder: str | Path, state: dict, check: Callable = lambda path,
 
     def whole(path: Path) -> tuple[Path, dict]:
         want = json.loads((path / "checksums.json").read_text())  # written last
-        if _checksums(path / name for name in sorted(want)[dist.get_rank() :: dist.get_world_size()]) != want:
-            raise ValueError("a file is missing, cut or changed")
+        found = _checksums(path / name for name in sorted(want)[dist.get_rank() :: dist.get_world_size()])
+        if bad := [name for name in want if found.get(name) != want[name]]:
+            raise ValueError(f"{bad[0]} is missing, cut or changed")
         return path, json.loads((path / "facts.json").read_text())
 
     path, facts = _newest(folder, whole)

@@ -98,8 +98,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Nothing(TorchDispatchMode):
     def __torch_dispatch__(self, op, *_): raise AssertionError(f"{{op}} is called at import of {{name}}")
 for name in {block}: sys.modules[name] = None
+state = torch.get_rng_state()
 with Nothing():
     for name in {SCRIPTS}: __import__(name)
+assert torch.equal(state, torch.get_rng_state())
 assert not torch.cuda.is_initialized()
 assert not torch.distributed.is_initialized()
 """
